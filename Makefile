@@ -1,0 +1,38 @@
+# make demo: the whole thing, from a fresh clone to a report.   make test: everything that CI runs.
+VENV   ?= .venv
+PYTHON ?= python3
+RUN    := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+# Sources whose change needs a new build; Python is installed editable.
+BUILD  := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
+
+.PHONY: help install demo test lint format clean
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+install: $(STAMP)  ## make .venv and build the package into it
+$(STAMP): $(BUILD)
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11 ..."'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@# Only what is missing is fetched, so that a rebuild works without a network.
+	$(RUN) -m pip install -q -c constraints.txt torch pybind11 ninja setuptools wheel numpy
+	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: install  ## train every arm on the CPU; table, plots and report in runs/demo
+	$(RUN) -m python_trainer compare --out runs/demo
+
+test: install  ## lint, types, all tests of the CPU path, interpreter and compile-only tests
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+	$(RUN) -m pytest
+
+lint: install  ## ruff and pyright
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright
+
+format: install  ## ruff and clang-format, in place
+	$(RUN) -m ruff check --fix . ; $(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cpp csrc/*/*
+
+clean:  ## what a build made (keeps .venv and runs)
+	rm -rf build dist *.egg-info dgg_kernels/*.so

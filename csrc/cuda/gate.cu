@@ -1,0 +1,99 @@
+// The gate on CUDA: one launch of one block reduces the partial squares in a fixed order in fp64
+// and takes the decision. Nothing is read by the host.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <optional>
+
+#include "../checks.h"
+#include "../gate.h"
+
+// Absent from a CPU build of torch: the library then still loads.
+#pragma weak aoti_torch_get_current_cuda_stream
+
+namespace dgg {
+namespace {
+
+constexpr int THREADS = 1024;
+
+template <typename T>
+__global__ void decide_kernel(double* state, const T* signal, int64_t count, bool squares,
+                              const float* total_norm, double max_grad_norm, float* found_inf,
+                              float* grad_scale) {
+  __shared__ double partial[THREADS];
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += THREADS) sum += (double)signal[i];
+  partial[threadIdx.x] = sum;
+  __syncthreads();
+  for (int width = THREADS / 2; width > 0; width /= 2) {
+    if (threadIdx.x < width) partial[threadIdx.x] += partial[threadIdx.x + width];
+    __syncthreads();
+  }
+  if (threadIdx.x != 0) return;
+  const double norm = total_norm ? (double)*total_norm : NAN;
+  gate_step(state, squares ? sqrt(partial[0]) : partial[0], norm, total_norm != nullptr);
+  *found_inf = (float)state[SHUT];
+  *grad_scale = total_norm && state[SHUT] == 0 ? clip_divisor(norm, max_grad_norm) : 1.0f;
+}
+
+__global__ void new_batch_kernel(double* state, float* found_inf) {
+  gate_new_batch(state);
+  *found_inf = 0.0f;
+}
+
+cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(const char* name) {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
+}
+
+void new_batch_cuda(Tensor state, Tensor found_inf) {
+  check_state(state);
+  check_scalar(found_inf, "found_inf");
+  torch::stable::accelerator::DeviceGuard guard(state.get_device_index());
+  new_batch_kernel<<<1, 1, 0, current_stream(state)>>>(
+      static_cast<double*>(state.mutable_data_ptr()),
+      static_cast<float*>(found_inf.mutable_data_ptr()));
+  check_launch("gate_new_batch");
+}
+
+void decide_cuda(Tensor state, const Tensor& signal, bool squares,
+                 const std::optional<Tensor>& total_norm, double max_grad_norm, Tensor found_inf,
+                 Tensor grad_scale) {
+  check_state(state);
+  check_scalar(found_inf, "found_inf");
+  check_scalar(grad_scale, "grad_scale");
+  STD_TORCH_CHECK(signal.is_contiguous() && (squares || signal.numel() == 1),
+                  "signal: expected contiguous partial squares, or one value");
+  if (total_norm) check_scalar(*total_norm, "total_norm");
+  torch::stable::accelerator::DeviceGuard guard(state.get_device_index());
+  auto launch = [&](auto* x) {
+    decide_kernel<<<1, THREADS, 0, current_stream(state)>>>(
+        static_cast<double*>(state.mutable_data_ptr()), x, signal.numel(), squares,
+        total_norm ? static_cast<const float*>(total_norm->const_data_ptr()) : nullptr,
+        max_grad_norm, static_cast<float*>(found_inf.mutable_data_ptr()),
+        static_cast<float*>(grad_scale.mutable_data_ptr()));
+  };
+  if (signal.scalar_type() == ScalarType::Double) {
+    launch(static_cast<const double*>(signal.const_data_ptr()));
+  } else {
+    STD_TORCH_CHECK(signal.scalar_type() == ScalarType::Float,
+                    "signal: expected float32 or float64");
+    launch(static_cast<const float*>(signal.const_data_ptr()));
+  }
+  check_launch("gate_decide");
+}
+
+}  // namespace
+}  // namespace dgg
+
+STABLE_TORCH_LIBRARY_IMPL(dgg, CUDA, m) {
+  m.impl("gate_new_batch", TORCH_BOX(&dgg::new_batch_cuda));
+  m.impl("gate_decide", TORCH_BOX(&dgg::decide_cuda));
+}

@@ -1,0 +1,21 @@
+"""Fused lm_head log-probs, their gradient's norm taken as it is written, and the gate that reads it.
+
+Public names: `linear_logprob`, `GradientGate`, `GateConfig`, `replay`; `dgg_kernels.monitor` for
+weight divergence and the chi-square bound; `python -m dgg_kernels.info` tells what was built.
+"""
+
+from importlib.metadata import version
+
+from . import _library as _library  # loads the compiled ops before anything uses them
+from .gate import Decision, GateConfig, GradientGate, replay
+from .lm_head import LogprobOutput, linear_logprob
+
+__version__ = version("dgg-kernels")
+__all__ = [
+    "Decision",
+    "GateConfig",
+    "GradientGate",
+    "LogprobOutput",
+    "linear_logprob",
+    "replay",
+]

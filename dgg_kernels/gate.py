@@ -1,0 +1,381 @@
+"""The gate: scores the lm_head gradient of each update and skips the harmful ones on the device.
+
+The transition itself is csrc/gate.h, shared by the CPU op, the CUDA kernel and `replay`; this file
+holds its configuration, its place in a training loop and its checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _host
+from .optim import AttachedOptimizer, attach_optimizer
+
+Slot = _host.Slot
+_CODES = {"increment": 0, "level": 1, "either": 2, "window": 0, "ema": 1}
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What the gate observes and when it shuts.
+
+    Attributes:
+        threshold: tau; the gate shuts when z > threshold (one-sided; 0.1 to 0.5 recommended by the
+            paper; `math.inf` never shuts, except for a NaN or Inf energy, which always does).
+        window: number of past values that mean and standard deviation are taken over. The gate
+            acts only once so many were seen.
+        max_reuse: K, the largest number of uses (updates) of one rollout batch.
+        statistic: "increment" scores g_k - g_(k-1) of the same mini-batch (k >= 2); "level" scores
+            g_k; "either" shuts when one of the two does.
+        average: "window" is a first-in first-out window; "ema" an exponential running mean and
+            variance.
+        ema_decay: weight of the past under `average="ema"`.
+        include_shut: whether values that shut the gate enter the window too.
+        mini_batches: mini-batches per pass over the rollout batch, one optimizer step each. An
+            increment compares a mini-batch with its own previous use.
+        energy: "head" is the norm of the lm_head's own gradient dL/dW; "parameter" the norm of
+            `weight.grad`, which for tied embeddings also holds the embedding's gradient.
+    """
+
+    threshold: float = 0.5
+    window: int = 32
+    max_reuse: int = 4
+    statistic: Literal["increment", "level", "either"] = "increment"
+    average: Literal["window", "ema"] = "window"
+    ema_decay: float = 0.97
+    include_shut: bool = False
+    mini_batches: int = 1
+    energy: Literal["head", "parameter"] = "head"
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.threshold, int | float) and not math.isnan(self.threshold),
+                 "threshold", "a number, or inf", self.threshold)  # fmt: skip
+        for name, least in (("window", 2), ("max_reuse", 1), ("mini_batches", 1)):
+            value = getattr(self, name)
+            ok = isinstance(value, int) and not isinstance(value, bool) and least <= value <= 2**20
+            _require(ok, name, f"an integer from {least} to {2**20}", value)
+        _require(0 < self.ema_decay < 1, "ema_decay", "a number between 0 and 1", self.ema_decay)
+        _require(isinstance(self.include_shut, bool), "include_shut", "a bool", self.include_shut)
+        hints = get_type_hints(GateConfig)
+        for name in ("statistic", "average", "energy"):
+            known = get_args(hints[name])
+            _require(getattr(self, name) in known, name, f"one of {known}", getattr(self, name))
+
+
+def _require(ok: bool, field: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"GateConfig.{field}: expected {expected}, got {got!r}")
+
+
+class Decision(NamedTuple):
+    """One decision of `replay`: whether the update is discarded, its score z, and its energy."""
+
+    shut: bool
+    z: float  # NaN where no score was formed: first use, window not populated, already shut
+    energy: float
+
+
+def _write_config(state: np.ndarray, config: GateConfig) -> None:
+    state[Slot.THRESHOLD] = config.threshold
+    state[Slot.WINDOW_SIZE] = config.window
+    state[Slot.MAX_REUSE] = config.max_reuse
+    state[Slot.STATISTIC] = _CODES[config.statistic]
+    state[Slot.AVERAGE] = _CODES[config.average]
+    state[Slot.EMA_DECAY] = config.ema_decay
+    state[Slot.INCLUDE_SHUT] = config.include_shut
+    state[Slot.MINI_BATCHES] = config.mini_batches
+
+
+def _initial_state(config: GateConfig) -> np.ndarray:
+    state = np.zeros(_host.state_size(config.window, config.mini_batches))
+    _write_config(state, config)
+    state[[Slot.ENERGY, Slot.INCREMENT_VALUE, Slot.Z, Slot.GRAD_NORM]] = np.nan
+    return state
+
+
+def replay(energies: Sequence[Sequence[float]], config: GateConfig) -> list[list[Decision]]:
+    """What the gate would have decided on a recorded log.
+
+    Args:
+        energies: one inner sequence per rollout batch, the energies of its updates in order. A
+            decision after the gate has shut is reported as shut: a run would not have reached it.
+        config: the gate to try.
+
+    Returns:
+        One list of decisions per batch, of the same lengths.
+    """
+    state = _initial_state(config)
+    decisions = []
+    for batch in energies:
+        _host.new_batch(state)
+        decisions.append([])
+        for energy in batch:
+            _host.step(state, float(energy))
+            shut, z = bool(state[Slot.SHUT]), float(state[Slot.Z])
+            decisions[-1].append(Decision(shut, z, float(energy)))
+    return decisions
+
+
+class GradientGate:
+    """Scores the lm_head gradient before the optimizer sees it; shut, the update does not happen.
+
+    Per rollout batch: `new_batch()`, then for each use backward, `decide()`, `optimizer.step()`,
+    and stop when `is_shut()`. Once shut the gate stays shut until `new_batch()`, so a host that
+    looks late wastes a step but never applies a harmful one. Nothing here makes the host wait for
+    the device, except `is_shut(wait=True)`, `state_dict()` and whoever reads `metrics()`.
+
+    Args:
+        config: what to score and when to shut.
+        weight: the lm_head parameter [V, D] that is passed to `linear_logprob(..., gate=self)`.
+    """
+
+    def __init__(self, config: GateConfig, weight: Tensor) -> None:
+        if not isinstance(config, GateConfig):
+            raise TypeError(f"config: expected a GateConfig, got {type(config).__name__}")
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+            got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else weight
+            raise ValueError(f"weight: expected the lm_head's [V, D] floating tensor, got {got!r}")
+        self.config = config
+        self.weight = weight
+        device = weight.device
+        self._state = torch.from_numpy(_initial_state(config)).to(device)
+        # Read by torch's fused optimizers: exactly 0.0 or 1.0, and the divisor that clips.
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
+        self.grad_scale = torch.ones((), dtype=torch.float32, device=device)
+        self.max_grad_norm: float | None = None
+        self._optimizers: list[AttachedOptimizer] = []
+        self._row_sq: Tensor | None = None
+        self._backwards = 0
+        self._grad_was_empty = False
+        self._uses = -1  # decisions since new_batch(), known to the host; -1 before the first
+        self._awaits_step = False
+        self._seen_shut = False
+        if device.type == "cuda":
+            self._pinned = torch.zeros((), dtype=torch.float32, pin_memory=True)
+            self._copied = torch.cuda.Event()
+
+    # -- in the loop ------------------------------------------------------------------------------
+
+    def attach(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> None:
+        """Let `optimizer.step()` be skipped, and its gradient clipped, on the device.
+
+        Works through `found_inf` and `grad_scale` of torch's own fused Adam, AdamW, SGD and
+        Adagrad. Call it once per optimizer; the clipped norm is the one over all of them.
+
+        Args:
+            optimizer: built with `fused=True`.
+            max_grad_norm: clip the global gradient norm to this, as `clip_grad_norm_` would.
+
+        Raises:
+            TypeError: the optimizer cannot skip on the device; names it, and the remedy.
+            ValueError: `max_grad_norm` is not positive, or differs from an earlier `attach`.
+        """
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: expected a positive number, got {max_grad_norm!r}")
+        if self._optimizers and max_grad_norm != self.max_grad_norm:
+            raise ValueError(
+                f"max_grad_norm: expected {self.max_grad_norm!r}, as at the first attach(), "
+                f"got {max_grad_norm!r}"
+            )
+        attached = attach_optimizer(
+            optimizer,
+            self.found_inf,
+            self.grad_scale if max_grad_norm is not None else None,
+            self._stepped,
+        )
+        self.max_grad_norm = max_grad_norm
+        self._optimizers.append(attached)
+
+    def detach(self) -> None:
+        """Undo every `attach`: the optimizers step as if they had never met the gate."""
+        for attached in self._optimizers:
+            attached.release()
+        self._optimizers.clear()
+        self.max_grad_norm = None
+
+    def new_batch(self) -> None:
+        """Open the gate for fresh rollouts: clears use counter, references and latch."""
+        torch.ops.dgg.gate_new_batch(self._state, self.found_inf)
+        self._uses = 0
+        self._forget_backward()
+        self._awaits_step = self._seen_shut = False
+
+    def decide(self, energy: Tensor | None = None) -> None:
+        """Score this update. Enqueued on the device: energy, z, flag and clip scale.
+
+        Call it when the gradient is finished (accumulated, reduced over ranks, unscaled), before
+        clipping and before `optimizer.step()`.
+
+        Args:
+            energy: a 0-dim tensor to score in place of the lm_head gradient's norm, for instance
+                the global gradient norm.
+
+        Raises:
+            RuntimeError: no `new_batch()` yet, no backward through `linear_logprob(gate=...)` since
+                the last decision, or the optimizer has not stepped since then.
+            ValueError: `energy` is not one floating value on the gate's device.
+        """
+        if self._uses < 0:
+            raise RuntimeError("decide: call new_batch() when a batch of rollouts begins")
+        if self._awaits_step:
+            raise RuntimeError("decide: called twice without optimizer.step() in between")
+        signal, squares = self._own_signal() if energy is None else (self._checked(energy), False)
+        total_norm, limit = None, 1.0
+        if self.max_grad_norm is not None:
+            total_norm, limit = self.total_grad_norm(), self.max_grad_norm
+        torch.ops.dgg.gate_decide(
+            self._state, signal, squares, total_norm, limit, self.found_inf, self.grad_scale
+        )
+        if self._state.is_cuda:
+            self._pinned.copy_(self.found_inf, non_blocking=True)
+            self._copied.record()
+        self._uses += 1
+        self._forget_backward()
+        self._awaits_step = bool(self._optimizers)
+
+    def is_shut(self, wait: bool = False) -> bool:
+        """Whether re-use of this batch has ended, as far as the host knows.
+
+        Args:
+            wait: wait for the last decision. Without it the answer on a GPU may be a step late.
+        """
+        if self._state.is_cuda:
+            if self._uses > 0 and (wait or self._copied.query()):
+                if wait:
+                    self._copied.synchronize()
+                self._seen_shut = bool(self._pinned.numpy() != 0)
+            return self._seen_shut
+        return self._uses > 0 and bool(self._state.numpy()[Slot.LATCH] != 0)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The last decision as 0-dim float64 tensors on the device; reading them may wait.
+
+        `gate/energy`, `gate/increment`, `gate/z` (NaN where no score was formed), `gate/shut`,
+        `gate/reuse` (1 for the first use), `grad_norm` (global, before clipping; NaN without
+        `max_grad_norm`), `updates_attempted`, `updates_applied`, `rollout_batches`.
+        """
+        state = self._state.clone()
+        names = {
+            "gate/energy": Slot.ENERGY,
+            "gate/increment": Slot.INCREMENT_VALUE,
+            "gate/z": Slot.Z,
+            "gate/shut": Slot.SHUT,
+            "gate/reuse": Slot.REUSE,
+            "grad_norm": Slot.GRAD_NORM,
+            "updates_attempted": Slot.ATTEMPTED,
+            "updates_applied": Slot.APPLIED,
+            "rollout_batches": Slot.BATCHES,
+        }
+        return {name: state[int(slot)] for name, slot in names.items()}
+
+    # -- checkpoint -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Configuration and state, on the CPU: window, references, counters, latch."""
+        return {"config": asdict(self.config), "state": self._state.cpu().clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict()` was taken, on any device.
+
+        `threshold` and `max_reuse` are those of this gate; every other field must agree.
+
+        Raises:
+            ValueError: a field differs, or the state is not one of this gate's. Nothing changed.
+        """
+        saved = state_dict["config"]
+        for field in fields(GateConfig):
+            mine, theirs = getattr(self.config, field.name), saved.get(field.name)
+            if field.name not in ("threshold", "max_reuse") and mine != theirs:
+                raise ValueError(
+                    f"GateConfig.{field.name}: expected {mine!r}, the state_dict has {theirs!r}"
+                )
+        state = state_dict["state"]
+        if state.shape != self._state.shape or state.dtype != self._state.dtype:
+            raise ValueError(
+                f"state: expected {tuple(self._state.shape)} {self._state.dtype}, "
+                f"got {tuple(state.shape)} {state.dtype}"
+            )
+        restored = state.cpu().numpy().copy()
+        _write_config(restored, self.config)
+        self._state.copy_(torch.from_numpy(restored))
+        self.found_inf.fill_(float(restored[Slot.LATCH]))
+        self._uses = int(restored[Slot.POSITION]) if restored[Slot.BATCHES] else -1
+        self._seen_shut = bool(restored[Slot.LATCH])
+        if self._state.is_cuda:
+            self._pinned.copy_(self.found_inf)
+            self._copied.record()
+        self._forget_backward()
+        self._awaits_step = False
+
+    # -- what the op and the optimizer tell the gate ----------------------------------------------
+
+    def check_weight(self, weight: Tensor) -> None:
+        """Raise ValueError unless `weight` can be the gate's: same shape and device."""
+        if weight.shape != self.weight.shape or weight.device != self._state.device:
+            raise ValueError(
+                f"gate: expected the weight it was built for, {tuple(self.weight.shape)} on "
+                f"{self._state.device}, got {tuple(weight.shape)} on {weight.device}"
+            )
+
+    def record(self, row_sq: Tensor) -> None:
+        """Take note of a backward of `linear_logprob`.
+
+        Args:
+            row_sq: [V] fp32, squared norms of the rows of the gradient as stored.
+        """
+        if self._awaits_step:
+            raise RuntimeError("gate: a backward ran between decide() and optimizer.step()")
+        self._row_sq = row_sq
+        self._backwards += 1
+        # Held from an earlier micro-batch, .grad is added to: row_sq is then not its norm.
+        self._grad_was_empty = self.weight.grad is None
+
+    def total_grad_norm(self) -> Tensor:
+        """Norm of all gradients of the attached optimizers, 0-dim fp32, on the device."""
+        grads = [
+            p.grad
+            for attached in self._optimizers
+            for group in attached.optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        return torch.nn.utils.get_total_norm(grads).to(self._state.device, torch.float32)
+
+    def _own_signal(self) -> tuple[Tensor, bool]:
+        if self._backwards == 0 or self._row_sq is None:
+            raise RuntimeError(
+                "decide: no backward through linear_logprob(..., gate=gate) since the last decision"
+            )
+        one_pass = self._backwards == 1 and self._grad_was_empty
+        if self.config.energy == "head" and (one_pass or not self.weight.requires_grad):
+            if self._backwards > 1:
+                raise RuntimeError(
+                    f"decide: {self._backwards} backward passes through a frozen weight, whose "
+                    "gradients were not kept to be added up; pass energy= to decide()"
+                )
+            return self._row_sq, True
+        if self.weight.grad is None:
+            raise RuntimeError("decide: the gate's weight has no gradient")
+        norm = torch.linalg.vector_norm(self.weight.grad, dtype=torch.float32)
+        return norm.reshape(1), False
+
+    def _checked(self, energy: Tensor) -> Tensor:
+        ok = isinstance(energy, Tensor) and energy.numel() == 1 and energy.is_floating_point()
+        if not ok or energy.device != self._state.device:
+            raise ValueError(
+                f"energy: expected one floating value on {self._state.device}, got {energy!r}"
+            )
+        return energy.detach().to(torch.float64).reshape(1)
+
+    def _stepped(self) -> None:
+        self._awaits_step = False
+
+    def _forget_backward(self) -> None:
+        self._row_sq, self._backwards, self._grad_was_empty = None, 0, False

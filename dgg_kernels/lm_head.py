@@ -1,0 +1,250 @@
+"""`linear_logprob`: log-probs of targets from hidden states, with logits never materialised.
+
+Layers, in this order: device implementations of the two ops -> their registration -> the autograd
+function -> the public function.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import lm_head_chunked
+
+if TYPE_CHECKING:
+    from .gate import GradientGate
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class LogprobOutput(NamedTuple):
+    """What `linear_logprob` returns; every tensor has the target's shape, fp32, 0 where ignored."""
+
+    logp: Tensor  # log-prob of the target, differentiable
+    entropy: Tensor  # of the whole distribution, nats, differentiable
+    lse: Tensor  # log-sum-exp of the (scaled) logits, no gradient
+    sum_p2: Tensor  # sum over the vocabulary of p^2, no gradient
+
+
+# -- registration ---------------------------------------------------------------------------------
+
+for _op, _function in (
+    ("lm_head_forward", lm_head_chunked.lm_head_forward),
+    ("lm_head_backward", lm_head_chunked.lm_head_backward),
+):
+    for _device in ("cpu", "mps", "xpu"):
+        torch.library.register_kernel(f"dgg::{_op}", _device, _function)
+
+
+@torch.library.register_fake("dgg::lm_head_forward")
+def _(hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed):
+    rows = [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(4)]
+    return (*rows, hidden.new_empty(0, dtype=torch.int32))
+
+
+@torch.library.register_fake("dgg::lm_head_backward")
+def _(grad_logp, grad_entropy, hidden, weight, target, bias, lse, entropy, active, seed,
+      temperature, softcap, grad_eps, need_hidden, need_weight, need_bias, need_row_sq):  # fmt: skip
+    return (
+        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if need_weight else hidden.new_empty(0),
+        torch.empty_like(bias) if need_bias else hidden.new_empty(0),
+        hidden.new_empty(weight.shape[0] if need_row_sq else 0, dtype=torch.float32),
+    )
+
+
+# -- autograd -------------------------------------------------------------------------------------
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        temperature: float,
+        softcap: float,
+        grad_eps: float,
+        lse_ref: Tensor | None,
+        seed: Tensor | None,
+        gate: GradientGate | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logp, entropy, lse, sum_p2, active = torch.ops.dgg.lm_head_forward(
+            hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed
+        )
+        ctx.save_for_backward(hidden, weight, bias, target, lse, entropy, active, seed)
+        ctx.scalars = (temperature, softcap, grad_eps)
+        ctx.gate = gate
+        ctx.mark_non_differentiable(lse, sum_p2)
+        ctx.set_materialize_grads(False)
+        return logp, entropy, lse, sum_p2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target, lse, entropy, active, seed = ctx.saved_tensors
+        grad_logp, grad_entropy = grads[:2]
+        if grad_logp is None:
+            grad_logp = torch.zeros_like(lse)
+        need = ctx.needs_input_grad[:3]
+        d_hidden, d_weight, d_bias, row_sq = torch.ops.dgg.lm_head_backward(
+            grad_logp, grad_entropy, hidden, weight, target, bias, lse, entropy, active, seed,
+            *ctx.scalars, *need, ctx.gate is not None,
+        )  # fmt: skip
+        if ctx.gate is not None:
+            ctx.gate.record(row_sq)
+        d_inputs = (d if n else None for d, n in zip((d_hidden, d_weight, d_bias), need, strict=False))
+        return (*d_inputs, *[None] * 7)
+
+
+# -- public ---------------------------------------------------------------------------------------
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    grad_eps: float = 2**-12,
+    lse_ref: Tensor | None = None,
+    screen: Literal["bf16", "int8", "fp8"] | None = None,
+    gate: GradientGate | None = None,
+) -> LogprobOutput:
+    """Per-token log-probs and entropies of a language-model head, without its logits.
+
+    With z_v = cap(h . W_v + b_v) / T: logp = z_y - lse, lse = log sum_v exp z_v. Any loss is a few
+    lines of PyTorch over these; its gradient reaches `hidden`, `weight` and `bias`.
+
+    Args:
+        hidden: [..., D], bf16, fp16 or fp32.
+        weight: [V, D] of the same dtype and device.
+        target: [...], int64, in [0, V), or `ignore_index`.
+        bias: [V] or None.
+        temperature: T > 0.
+        softcap: s > 0 for logits s tanh(x / s) (Gemma), applied before the temperature.
+        ignore_index: rows with this target do no work and give zeros.
+        grad_eps: probability below which an entry of the gradient is drawn at random, with
+            probability p / grad_eps and weight grad_eps / p: unbiased. 0.0 keeps every entry.
+        lse_ref: [...], any estimate of lse, such as that of the previous pass. Steers only which
+            entries are drawn; may be left out.
+        screen: low-precision screening of the logits; only None is available yet.
+        gate: the `GradientGate` that shall see the norm of this head's gradient.
+
+    Returns:
+        LogprobOutput of logp, entropy, lse, sum_p2, each [...] fp32.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device or range; names it, what was
+            expected and what came. On a GPU a target outside [0, V) is not looked at by the host:
+            its row's outputs and gradients are NaN, which shuts the gate.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check(hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, screen)
+    vocabulary, shape = weight.shape[0], target.shape
+    if gate is not None:
+        gate.check_weight(weight)
+    target = target.reshape(-1)
+    ignored = target == ignore_index
+    outside = ~ignored & ((target < 0) | (target >= vocabulary))
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_targets(target, outside, vocabulary)
+    rows = torch.where(ignored, -1, target.where(~outside, 0))
+    tracked = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+    seed = None
+    if grad_eps > 0 and tracked and torch.is_grad_enabled():
+        # From the default generator: manual_seed reproduces it, checkpointing restores it.
+        seed = torch.randint(2**31 - 1, (1,), device=hidden.device)
+    outputs = _LinearLogprob.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        rows,
+        float(temperature),
+        float(softcap or 0.0),
+        float(grad_eps),
+        None if lse_ref is None else lse_ref.detach().reshape(-1).float(),
+        seed,
+        gate,
+    )
+    logp, entropy, lse, sum_p2 = outputs
+    if target.device.type != "cpu":
+        logp = logp * torch.where(outside, torch.nan, 1.0)  # NaN, forward and backward
+    return LogprobOutput(*(o.reshape(shape) for o in (logp, entropy, lse, sum_p2)))
+
+
+def _autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Under torch.autocast the head runs in the autocast dtype, as torch's own linear does."""
+    if not (isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type)):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    grad_eps: float,
+    lse_ref: Tensor | None,
+    screen: str | None,
+) -> None:
+    tensors = {"hidden": hidden, "weight": weight, "target": target}
+    optional = {"bias": bias, "lse_ref": lse_ref}
+    tensors |= {name: t for name, t in optional.items() if t is not None}
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        if t.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {t.device}")
+    if hidden.dtype not in _DTYPES:
+        raise TypeError(f"hidden: expected bfloat16, float16 or float32, got {hidden.dtype}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight: expected {hidden.dtype} like hidden, got {weight.dtype}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: expected int64, got {target.dtype}")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight: expected [V, D] with V > 0, got {_shape(weight)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden: expected [..., D] with D = {weight.shape[1]} "
+                         f"as in weight, got {_shape(hidden)}")  # fmt: skip
+    leading = hidden.shape[:-1]
+    if target.shape != leading:
+        raise ValueError(f"target: expected {_shape(leading)} like hidden, got {_shape(target)}")
+    if lse_ref is not None and lse_ref.shape != leading:
+        raise ValueError(f"lse_ref: expected {_shape(leading)} like target, got {_shape(lse_ref)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise ValueError(f"bias: expected floating [{weight.shape[0]}] as in weight, "
+                         f"got {bias.dtype} {_shape(bias)}")  # fmt: skip
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
+    if not 0 <= grad_eps < 1:
+        raise ValueError(f"grad_eps: expected a number in [0, 1), got {grad_eps!r}")
+    if screen is not None:
+        raise ValueError(f"screen: expected None (no screen is available yet), got {screen!r}")
+
+
+def _shape(of: Tensor | torch.Size) -> list[int]:
+    return list(of.shape if isinstance(of, Tensor) else of)
+
+
+def _check_targets(target: Tensor, outside: Tensor, vocabulary: int) -> None:
+    bad = outside.numpy()
+    if bad.any():
+        got = target.numpy()[bad][0]
+        raise ValueError(f"target: expected values in [0, {vocabulary}) or ignore_index, got {got}")

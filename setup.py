@@ -1,0 +1,90 @@
+"""Builds csrc/: the torch ops (stable ABI) and the gate's host module (pybind11), with ninja.
+
+The CPU ops are always built. CUDA ops are added when torch has CUDA and nvcc is found;
+FORCE_CUDA=1 compiles them beside a CPU build of torch too, as a compile check.
+DGG_CUDA_ARCHS chooses the architectures (default "80;90a;100a").
+`python -m dgg_kernels.info` tells what was built.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parent
+# Stable ABI of torch 2.10: one binary runs on that and every later torch.
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+STD = "c++20" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else "c++17"
+ARCHS = os.environ.get("DGG_CUDA_ARCHS", "80;90a;100a").split(";")
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of CUDA_HOME, of the default place, or of the PATH (where it may be a wrapper script)."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    for home in filter(None, homes):
+        if (nvcc := Path(home) / "bin" / "nvcc").exists():
+            return nvcc
+    found = shutil.which("nvcc")
+    return Path(found).resolve() if found else None
+
+
+def sources(folder: str, suffix: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
+
+
+NVCC = find_nvcc()
+FORCE_CUDA = os.environ.get("FORCE_CUDA") == "1"
+if FORCE_CUDA and NVCC is None:
+    sys.exit("FORCE_CUDA=1, but nvcc was not found: set CUDA_HOME to the CUDA toolkit")
+WITH_CUDA = NVCC is not None and (FORCE_CUDA or torch.version.cuda is not None)
+
+
+class Build(cpp_extension.BuildExtension):
+    """torch's ninja build, plus nvcc run by hand: CUDAExtension refuses a CPU build of torch."""
+
+    def build_extension(self, ext):
+        for source in getattr(ext, "cuda_sources", []):
+            ext.extra_objects.append(self.compile_cuda(source))
+        super().build_extension(ext)
+
+    def compile_cuda(self, source: str) -> str:
+        output = Path(self.build_temp) / (Path(source).stem + ".cu.o")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+        includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+        subprocess.check_call(
+            [str(NVCC), "-O3", f"-std={STD}", "--threads=2", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", "-DUSE_CUDA", "-lineinfo", *DEFINES, *archs, *includes, "-c", source, "-o", str(output)]
+        )
+        return str(output)
+
+
+# -fno-math-errno lets the compiler vectorise; no other fast-math: NaN and Inf must stay what they are.
+FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", f"-std={STD}", *DEFINES]
+ops = cpp_extension.CppExtension(
+    "dgg_kernels._ops",
+    ["csrc/ops.cpp", *sources("cpu", ".cpp")],
+    extra_compile_args=FLAGS,
+    extra_link_args=["-fopenmp"],
+    depends=[str(p) for p in (ROOT / "csrc").rglob("*.h")],
+)
+built_for = "none"
+if WITH_CUDA:
+    assert NVCC is not None
+    ops.cuda_sources = sources("cuda", ".cu")
+    ops.library_dirs.append(str(NVCC.parent.parent / "lib64"))
+    ops.libraries += ["cudart_static", "dl", "rt", "pthread"]
+    if torch.version.cuda:
+        ops.libraries.append("torch_cuda")
+    built_for = " ".join(f"sm_{a}" for a in ARCHS)
+host = Pybind11Extension("dgg_kernels._host", ["csrc/host.cpp"], depends=["csrc/gate.h"])
+host.extra_compile_args += ["-O2"]
+for name, value in {"TORCH": torch.__version__, "CUDA_ARCHS": built_for}.items():
+    host.define_macros.append((f"DGG_{name}", f'"{value}"'))
+
+setup(ext_modules=[ops, host], cmdclass={"build_ext": Build})

@@ -1,0 +1,450 @@
+"""The gate: its transition against an independent model, its skip, its place in the loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dgg_kernels import GateConfig, GradientGate, linear_logprob, replay
+
+
+class Model:
+    """The transition in plain Python, written from the documented rules and not from csrc/gate.h."""
+
+    def __init__(self, config: GateConfig):
+        self.c = config
+        self.windows = {name: deque(maxlen=config.window) for name in ("increment", "level")}
+        self.moments = {name: [0, 0.0, 0.0] for name in ("increment", "level")}
+
+    def score(self, name, x):
+        if self.c.average == "ema":
+            n, mean, var = self.moments[name]
+        else:
+            values = list(self.windows[name])
+            n = len(values)
+            mean = sum(values) / n if n else 0.0
+            var = sum((v - mean) * (v - mean) for v in values) / n if n else 0.0
+        if n < self.c.window:
+            return None
+        std = math.sqrt(var) if not math.isnan(var) else math.nan
+        if std == 0:
+            return math.copysign(math.inf, x - mean) if x != mean else 0.0
+        return (x - mean) / std
+
+    def push(self, name, x):
+        self.windows[name].append(x)
+        moments = self.moments[name]
+        if moments[0] == 0:
+            moments[1] = x
+        else:
+            d, delta = self.c.ema_decay, x - moments[1]
+            moments[1] += (1 - d) * delta
+            moments[2] = d * (moments[2] + (1 - d) * delta * delta)
+        moments[0] += 1
+
+    def run(self, batches):
+        used = {"increment": ["increment"], "level": ["level"], "either": ["increment", "level"]}
+        out = []
+        for batch in batches:
+            latch, previous = False, {}
+            out.append([])
+            for i, g in enumerate(batch):
+                use, m = i // self.c.mini_batches + 1, i % self.c.mini_batches
+                if latch:
+                    out[-1].append((True, None))
+                    continue
+                finite = math.isfinite(g)
+                shut, best = (not finite or use > self.c.max_reuse), None
+                x = {"level": g}
+                if use > 1:
+                    x["increment"] = g - previous.get(m, math.nan)
+                if finite and use > 1:
+                    for name in used[self.c.statistic]:
+                        z = self.score(name, x[name])
+                        if z is not None:
+                            shut = shut or not z <= self.c.threshold
+                            best = z if best is None or z > best else best
+                if finite:
+                    previous[m] = g
+                    if not shut or self.c.include_shut:
+                        for name in used[self.c.statistic]:
+                            if name in x:
+                                self.push(name, x[name])
+                latch = shut
+                out[-1].append((shut, best))
+        return out
+
+
+configs = st.builds(
+    GateConfig,
+    threshold=st.sampled_from([-0.5, 0.0, 0.1, 0.5, 1.0, math.inf]),
+    window=st.integers(2, 6),
+    max_reuse=st.integers(1, 4),
+    statistic=st.sampled_from(["increment", "level", "either"]),
+    average=st.sampled_from(["window", "ema"]),
+    ema_decay=st.sampled_from([0.5, 0.97]),
+    include_shut=st.booleans(),
+    mini_batches=st.integers(1, 3),
+)
+# Multiples of 1/8 make ties, equal values and empty spreads common; the rest are the edges.
+energies = st.one_of(
+    st.integers(0, 64).map(lambda i: i / 8),
+    st.sampled_from([0.0, 5e-324, 1e-310, 1e30, math.inf, math.nan]),
+)
+traces = st.lists(st.lists(energies, max_size=8), max_size=12)
+
+
+@settings(max_examples=10_000, deadline=None)
+@given(configs, traces)
+def test_transition_agrees_with_an_independent_model(config, batches):
+    got = replay(batches, config)
+    for mine, theirs in zip(got, Model(config).run(batches), strict=True):
+        for decision, (shut, z) in zip(mine, theirs, strict=True):
+            assert decision.shut == shut
+            if z is None:
+                assert math.isnan(decision.z)
+            else:
+                assert decision.z == pytest.approx(z, rel=1e-9, abs=1e-12, nan_ok=True)
+
+
+def test_shuts_on_a_jump_and_stays_shut_until_the_next_batch():
+    config = GateConfig(threshold=0.5, window=4, max_reuse=4)
+    calm = [[1.0, 1.1, 1.15, 1.2]] * 3
+    jump = replay([*calm, [1.0, 1.06, 9.0, 1.0]], config)[-1]
+    assert [d.shut for d in jump] == [False, False, True, True]
+    after = replay([*calm, [1.0, 9.0], [1.0]], config)[-1]
+    assert not after[0].shut
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_shut_even_on_first_use_and_enter_no_window(bad):
+    config = GateConfig(threshold=math.inf, window=2)
+    assert replay([[bad]], config)[0][0].shut
+    clean = [[1.0, 2.0], [1.0, 2.5], [1.0, 2.25]]
+    spoiled = [[1.0, 2.0], [1.0, 2.5], [1.0, bad], [1.0, 2.25]]
+    expected, got = replay(clean, config)[-1][1], replay(spoiled, config)[-1][1]
+    assert expected == got and math.isfinite(got.z)
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_keeping_shut_values_out_can_lock_the_gate_and_letting_them_in_frees_it(include):
+    """With a small threshold, exclusion lets the window drift down until it always shuts."""
+    config = GateConfig(threshold=0.1, window=8, include_shut=include)
+    rng = torch.Generator().manual_seed(0)
+    increments = torch.randn(400, generator=rng).tolist()
+    shut = [
+        replay_row[1].shut for replay_row in replay([[5.0, 5.0 + x] for x in increments], config)
+    ]
+    late = sum(shut[200:]) / 200
+    assert late > 0.97 if not include else late < 0.7
+
+
+def make(seed=0, **config):
+    torch.manual_seed(seed)
+    body = torch.nn.Linear(12, 8)
+    head = torch.nn.Linear(8, 33, bias=False)
+    optimizer = torch.optim.AdamW(
+        [*body.parameters(), *head.parameters()], lr=0.1, weight_decay=0.1, fused=True
+    )
+    gate = GradientGate(GateConfig(**config), head.weight)
+    gate.attach(optimizer, max_grad_norm=0.05)
+    x, y = torch.randn(64, 12), torch.randint(33, (64,))
+
+    def backward(scale=1.0):
+        optimizer.zero_grad(set_to_none=True)
+        out = linear_logprob(body(x), head.weight, y, gate=gate)
+        (-out.logp.mean() * scale).backward()
+
+    return body, head, optimizer, gate, backward
+
+
+def everything(body, head, optimizer):
+    state = optimizer.state_dict()["state"]
+    return copy.deepcopy([body.state_dict(), head.state_dict(), state])
+
+
+def flat(tree):
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        return [t for branch in tree for t in flat(branch)]
+    return [tree]
+
+
+def test_energy_is_the_norm_of_the_finished_gradient():
+    _, head, _, gate, backward = make()
+    gate.new_batch()
+    backward()
+    gate.decide()
+    exact = torch.linalg.vector_norm(head.weight.grad.double())
+    torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+
+
+def test_energy_after_accumulation_is_that_of_the_sum():
+    _, head, optimizer, gate, _ = make()
+    x = torch.randn(2, 16, 8)
+    y = torch.randint(33, (2, 16))
+    gate.new_batch()
+    optimizer.zero_grad(set_to_none=True)
+    for i in range(2):
+        (-linear_logprob(x[i], head.weight, y[i], gate=gate).logp.mean()).backward()
+    gate.decide()
+    exact = torch.linalg.vector_norm(head.weight.grad.double())
+    torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+
+
+def test_tied_embedding_head_energy_is_the_head_alone_and_parameter_energy_is_both():
+    energies = {}
+    for kind in ("head", "parameter"):
+        torch.manual_seed(1)
+        embedding = torch.nn.Embedding(20, 8)
+        gate = GradientGate(GateConfig(energy=kind), embedding.weight)
+        gate.new_batch()
+        ids = torch.randint(20, (30,))
+        out = linear_logprob(embedding(ids).tanh(), embedding.weight, ids, gate=gate, grad_eps=0.0)
+        out.logp.mean().neg().backward()
+        gate.decide()
+        energies[kind] = gate.metrics()["gate/energy"]
+    both = torch.linalg.vector_norm(embedding.weight.grad.double())
+    w = embedding.weight.detach().clone().requires_grad_()
+    linear_logprob(
+        embedding(ids).tanh().detach(), w, ids, grad_eps=0.0
+    ).logp.mean().neg().backward()
+    alone = torch.linalg.vector_norm(w.grad.double())
+    torch.testing.assert_close(energies["parameter"], both, rtol=1e-6, atol=0)
+    torch.testing.assert_close(energies["head"], alone, rtol=1e-6, atol=0)
+    assert not torch.isclose(both, alone, rtol=1e-2)
+
+
+def test_frozen_weight_still_yields_the_energy():
+    _, head, _, gate, _ = make()
+    x, y = torch.randn(16, 8, requires_grad=True), torch.randint(33, (16,))
+    norms = []
+    for frozen in (False, True):
+        head.weight.requires_grad_(not frozen)
+        head.weight.grad = None
+        torch.manual_seed(3)
+        gate.detach()
+        gate.new_batch()
+        linear_logprob(x, head.weight, y, gate=gate).logp.mean().backward()
+        gate.decide()
+        norms.append(gate.metrics()["gate/energy"])
+    assert head.weight.grad is None
+    assert norms[0] == norms[1]
+
+
+def test_a_shut_update_leaves_weights_moments_and_step_bit_identical():
+    body, head, optimizer, gate, backward = make()
+    for _ in range(3):
+        gate.new_batch()
+        backward()
+        gate.decide()
+        optimizer.step()
+    before = everything(body, head, optimizer)
+    gate.new_batch()
+    backward(math.nan)
+    gate.decide()
+    optimizer.step()
+    assert gate.is_shut()
+    backward()  # whatever follows in this batch is skipped too
+    gate.decide()
+    optimizer.step()
+    after = everything(body, head, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(flat(before), flat(after), strict=True))
+    gate.new_batch()
+    backward()
+    gate.decide()
+    optimizer.step()
+    assert not gate.is_shut()
+    moved = everything(body, head, optimizer)
+    assert not any(torch.equal(a, b) for a, b in zip(flat(before), flat(moved), strict=True))
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad"])
+def test_1000_random_skips_equal_a_host_that_does_not_call_step(name):
+    """Any order of open and shut, from the first update on: plain clip + conditional step."""
+    make_optimizer = getattr(torch.optim, name)
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    torch.manual_seed(0)
+    mine = torch.nn.Parameter(torch.randn(7, 5))
+    theirs = torch.nn.Parameter(mine.detach().clone())
+    a = make_optimizer([mine], lr=0.01, fused=True, **options)
+    b = make_optimizer([theirs], lr=0.01, fused=True, **options)
+    gate = GradientGate(GateConfig(threshold=math.inf), mine)
+    gate.attach(a, max_grad_norm=1.0)
+    for step in range(1000):
+        shut = bool(torch.rand(()) < 0.5) or step == 0
+        grad = torch.randn(7, 5)
+        mine.grad, theirs.grad = grad.clone(), grad.clone()
+        gate.new_batch()
+        gate.decide(energy=torch.tensor(math.nan if shut else 1.0))
+        a.step()
+        if not shut:
+            # The divisor is max(1, (norm + 1e-6) / max_norm), as in clip_grad_norm_.
+            theirs.grad /= ((grad.norm() + 1e-6).double() / 1.0).clamp(min=1.0).float()
+            b.step()
+    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_clipping_equals_clip_grad_norm():
+    results = []
+    for gated in (True, False):
+        body, head, optimizer, gate, backward = make(seed=5)
+        if gated:
+            gate.new_batch()
+            backward()
+            gate.decide()
+        else:
+            gate.detach()
+            torch.manual_seed(5)
+            gate.new_batch()
+            backward()
+            params = [*body.parameters(), *head.parameters()]
+            torch.nn.utils.clip_grad_norm_(params, 0.05)
+        optimizer.step()
+        results.append([*body.parameters(), *head.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_state_dict_resumes_with_the_same_decisions():
+    rng = torch.Generator().manual_seed(1)
+    log = (1 + torch.rand(60, 4, generator=rng, dtype=torch.float64)).tolist()
+    config = GateConfig(window=5, average="ema", statistic="either", threshold=0.1)
+    weight = torch.zeros(3, 2)
+
+    def run(gate, batches):
+        seen = []
+        for batch in batches:
+            gate.new_batch()
+            for g in batch:
+                gate.decide(energy=torch.tensor(g, dtype=torch.float64))
+                metrics = gate.metrics()
+                seen.append((float(metrics["gate/shut"]), str(float(metrics["gate/z"]))))
+        return seen
+
+    whole = run(GradientGate(config, weight), log)
+    first = GradientGate(config, weight)
+    half = run(first, log[:30])
+    second = GradientGate(config, weight)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert half + run(second, log[30:]) == whole
+    assert any(shut for shut, _ in whole) and not all(shut for shut, _ in whole)
+
+
+def test_resume_in_the_middle_of_a_batch_keeps_the_latch():
+    gate = GradientGate(GateConfig(), torch.zeros(3, 2))
+    gate.new_batch()
+    gate.decide(energy=torch.tensor(math.nan))
+    other = GradientGate(GateConfig(), torch.zeros(3, 2))
+    other.load_state_dict(gate.state_dict())
+    assert other.is_shut() and other.found_inf == 1.0
+
+
+def test_replay_of_the_logged_energies_is_the_run():
+    _, _, optimizer, gate, backward = make(window=4, threshold=0.1)
+    log, decisions = [], []
+    for _ in range(12):
+        gate.new_batch()
+        log.append([])
+        for _ in range(gate.config.max_reuse):
+            backward(float(torch.rand(())) + 0.5)
+            gate.decide()
+            optimizer.step()
+            log[-1].append(float(gate.metrics()["gate/energy"]))
+            decisions.append(gate.is_shut())
+            if gate.is_shut():
+                break
+    again = [d.shut for batch in replay(log, gate.config) for d in batch]
+    assert again == decisions and any(decisions)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("threshold", math.nan), ("threshold", "0.5"), ("window", 1), ("window", 3.0),
+        ("max_reuse", 0), ("mini_batches", -1), ("ema_decay", 1.0), ("statistic", "jump"),
+        ("average", "mean"), ("energy", "body"), ("include_shut", 1),
+    ],
+)  # fmt: skip
+def test_config_out_of_range_is_named(field, value):
+    with pytest.raises(ValueError, match=rf"GateConfig\.{field}: expected .*, got"):
+        GateConfig(**{field: value})
+
+
+def test_misuse_is_refused_before_any_state_changes():
+    _, _, optimizer, gate, backward = make()
+    before = gate.state_dict()["state"]
+    with pytest.raises(RuntimeError, match="new_batch"):
+        gate.decide()
+    gate.new_batch()
+    started = gate.state_dict()["state"]
+    with pytest.raises(RuntimeError, match="no backward"):
+        gate.decide()
+    with pytest.raises(ValueError, match="energy: expected one floating value"):
+        gate.decide(energy=torch.ones(2))
+    assert torch.equal(started.nan_to_num(7), gate.state_dict()["state"].nan_to_num(7))
+    assert not torch.equal(before, started)
+    backward()
+    gate.decide()
+    with pytest.raises(RuntimeError, match="twice"):
+        gate.decide()
+    with pytest.raises(RuntimeError, match=r"between decide\(\) and optimizer.step\(\)"):
+        backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="gate: expected the weight it was built for"):
+        linear_logprob(torch.randn(2, 8), torch.randn(34, 8), torch.zeros(2).long(), gate=gate)
+    with pytest.raises(ValueError, match="window"):
+        gate.load_state_dict(GradientGate(GateConfig(window=9), torch.zeros(2, 2)).state_dict())
+    with pytest.raises(ValueError, match="weight: expected"):
+        GradientGate(GateConfig(), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "says"),
+    [
+        (lambda p: torch.optim.AdamW(p), r"AdamW was built without fused=True"),
+        (lambda p: torch.optim.RMSprop(p), r"RMSprop cannot skip a step on the device; use torch"),
+        (lambda p: torch.optim.SGD(p, momentum=0.9, dampening=0.1, fused=True), r"dampening"),
+    ],
+)
+def test_an_optimizer_that_cannot_skip_is_refused_by_name_with_the_remedy(make_optimizer, says):
+    weight = torch.nn.Parameter(torch.zeros(3, 2))
+    gate = GradientGate(GateConfig(), weight)
+    with pytest.raises(TypeError, match=says):
+        gate.attach(make_optimizer([weight]))
+
+
+def test_nothing_reaches_the_host_between_new_batch_and_step(monkeypatch):
+    """Conversions of a tensor to host values fail while the loop runs (on any machine)."""
+    _body, _, optimizer, gate, backward = make()
+    gate.new_batch()
+    backward()  # lazily created state is not under test
+    gate.decide()
+    optimizer.step()
+
+    def refuse(name):
+        def stop(*_args, **_kwargs):
+            raise AssertionError(f"host synchronisation: Tensor.{name}")
+
+        return stop
+
+    names = ("item", "cpu", "tolist", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+    for name in names:
+        monkeypatch.setattr(torch.Tensor, name, refuse(name))
+    with pytest.raises(AssertionError, match="host synchronisation"):
+        float(torch.ones(()))
+    for _ in range(3):
+        gate.new_batch()
+        for _ in range(2):
+            backward()
+            gate.decide()
+            optimizer.step()
+            gate.is_shut(wait=False)
+    gate.metrics()
