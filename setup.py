@@ -25,7 +25,7 @@ ARCHS = os.environ.get("DGG_CUDA_ARCHS", "80;90a;100a").split(";")
 
 
 def find_nvcc() -> Path | None:
-    """nvcc of CUDA_HOME, of the default place, or of the PATH (where it may be a wrapper script)."""
+    """nvcc of CUDA_HOME, of the default place, or of the PATH (there it may be a wrapper)."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     for home in filter(None, homes):
         if (nvcc := Path(home) / "bin" / "nvcc").exists():
@@ -58,13 +58,13 @@ class Build(cpp_extension.BuildExtension):
         output.parent.mkdir(parents=True, exist_ok=True)
         archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
         includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-        subprocess.check_call(
-            [str(NVCC), "-O3", f"-std={STD}", "--threads=2", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", "-DUSE_CUDA", "-lineinfo", *DEFINES, *archs, *includes, "-c", source, "-o", str(output)]
-        )
+        command = [str(NVCC), "-O3", f"-std={STD}", "--threads=2", "--expt-relaxed-constexpr"]
+        command += ["-Xcompiler=-fPIC", "-DUSE_CUDA", "-lineinfo", *DEFINES, *archs, *includes]
+        subprocess.check_call([*command, "-c", source, "-o", str(output)])
         return str(output)
 
 
-# -fno-math-errno lets the compiler vectorise; no other fast-math: NaN and Inf must stay what they are.
+# -fno-math-errno lets the compiler vectorise; no other fast-math: NaN and Inf must stay themselves.
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", f"-std={STD}", *DEFINES]
 ops = cpp_extension.CppExtension(
     "dgg_kernels._ops",

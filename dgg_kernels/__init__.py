@@ -1,4 +1,4 @@
-"""Fused lm_head log-probs, their gradient's norm taken as it is written, and the gate that reads it.
+"""Fused lm_head log-probs, the norm of their gradient taken as it is written, and its gate.
 
 Public names: `linear_logprob`, `GradientGate`, `GateConfig`, `replay`; `dgg_kernels.monitor` for
 weight divergence and the chi-square bound; `python -m dgg_kernels.info` tells what was built.

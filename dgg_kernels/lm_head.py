@@ -35,7 +35,7 @@ for _op, _function in (
     ("lm_head_forward", lm_head_chunked.lm_head_forward),
     ("lm_head_backward", lm_head_chunked.lm_head_backward),
 ):
-    for _device in ("cpu", "mps", "xpu"):
+    for _device in ("mps", "xpu"):
         torch.library.register_kernel(f"dgg::{_op}", _device, _function)
 
 
@@ -46,8 +46,8 @@ def _(hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, see
 
 
 @torch.library.register_fake("dgg::lm_head_backward")
-def _(grad_logp, grad_entropy, hidden, weight, target, bias, lse, entropy, active, seed,
-      temperature, softcap, grad_eps, need_hidden, need_weight, need_bias, need_row_sq):  # fmt: skip
+def _(grad_logp, grad_entropy, hidden, weight, target, bias, lse, entropy, active, seed, *options):
+    need_hidden, need_weight, need_bias, need_row_sq = options[-4:]
     return (
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if need_weight else hidden.new_empty(0),
@@ -98,8 +98,8 @@ class _LinearLogprob(torch.autograd.Function):
         )  # fmt: skip
         if ctx.gate is not None:
             ctx.gate.record(row_sq)
-        d_inputs = (d if n else None for d, n in zip((d_hidden, d_weight, d_bias), need, strict=False))
-        return (*d_inputs, *[None] * 7)
+        d_inputs = zip((d_hidden, d_weight, d_bias), need, strict=True)
+        return (*(d if needed else None for d, needed in d_inputs), *[None] * 7)
 
 
 # -- public ---------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dgg_kernels import GateConfig, GradientGate, linear_logprob, replay
 
 
 class Model:
-    """The transition in plain Python, written from the documented rules and not from csrc/gate.h."""
+    """The transition in plain Python, written from the documented rules alone."""
 
     def __init__(self, config: GateConfig):
         self.c = config
@@ -268,7 +268,7 @@ def test_a_shut_update_leaves_weights_moments_and_step_bit_identical():
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad"])
 def test_1000_random_skips_equal_a_host_that_does_not_call_step(name):
-    """Any order of open and shut, from the first update on: plain clip + conditional step."""
+    """Open or shut in any order, from the first update on: as plain clip + conditional step."""
     make_optimizer = getattr(torch.optim, name)
     options = {"momentum": 0.9} if name == "SGD" else {}
     torch.manual_seed(0)

@@ -111,7 +111,7 @@ def compile_kernel(kernel, architecture, signature, constants, num_warps, num_st
     """
     names = kernel.arg_names
     types = {name: signature.get(name, "constexpr") for name in names}
-    free = {n for n in names if len(n) == 1 or n.startswith("num_")}
+    free = {n for n in names if n in ("N", "V") or n.startswith("num_")}
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
@@ -136,7 +136,7 @@ def usage(compiled) -> Usage:
         file.write(compiled.asm["cubin"])
         file.flush()
         resources, sass = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.check_output([tool, flag, file.name], text=True)
             for flag in ("-res-usage", "-sass")
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
@@ -153,15 +153,15 @@ def usage(compiled) -> Usage:
 
 def _amd_usage(compiled) -> Usage:
     text = compiled.asm["amdgcn"]
-    number = {
-        key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
-        for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count",
-                    "private_segment_fixed_size")  # fmt: skip
-    }
+
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+
     return Usage(
-        registers=number["vgpr_count"],
-        stack=number["private_segment_fixed_size"],
-        spills=number["vgpr_spill_count"] + number["sgpr_spill_count"],
+        registers=number("vgpr_count"),
+        stack=number("private_segment_fixed_size"),
+        # Scalar registers spill into lanes of vector registers, not into memory.
+        spills=number("vgpr_spill_count"),
         shared=compiled.metadata.shared,
         wgmma=False,
         tcgen05=False,

@@ -1,0 +1,74 @@
+// Sixteen fp32 lanes in GCC/Clang vector extensions: one source, compiled for AVX-512, AVX2 and the
+// baseline, chosen at run time where the loader can (DGG_CLONES), the baseline elsewhere.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(DGG_NO_CLONES)
+#define DGG_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
+#else
+#define DGG_CLONES
+#endif
+#define DGG_INLINE static inline __attribute__((always_inline))
+
+namespace dgg {
+
+constexpr int LANES = 16;
+using vf = float __attribute__((vector_size(64)));
+using vi = int32_t __attribute__((vector_size(64)));
+using vu = uint32_t __attribute__((vector_size(64)));
+
+DGG_INLINE vf load(const float* p) {
+  vf v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+DGG_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof(v)); }
+DGG_INLINE vf splat(float x) { return vf{} + x; }
+DGG_INLINE vu bits(vf x) {
+  vu u;
+  memcpy(&u, &x, sizeof(u));
+  return u;
+}
+DGG_INLINE vf from_bits(vu u) {
+  vf x;
+  memcpy(&x, &u, sizeof(x));
+  return x;
+}
+
+DGG_INLINE bool any(vi mask) {
+  uint64_t w[8];
+  memcpy(w, &mask, sizeof(w));
+  return ((w[0] | w[1]) | (w[2] | w[3])) | ((w[4] | w[5]) | (w[6] | w[7]));
+}
+
+// In a fixed order, so that a sum does not depend on the machine.
+DGG_INLINE double sum(vf v) {
+  double total = 0;
+  for (int i = 0; i < LANES; ++i) total += (double)v[i];
+  return total;
+}
+
+// e^x to about 1 ulp; 0 below -87 (no denormals), NaN stays NaN. Polynomial: Cephes expf.
+DGG_INLINE vf exp(vf x) {
+  const vf high = splat(88.0f);
+  const vi tiny = x < splat(-87.0f);
+  const vf c = x > high ? high : x;
+  const vf shifted = c * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to nearest
+  const vf n = shifted - 12582912.0f;
+  const vf r = (c - n * 0.693359375f) - n * -2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const vf y = (p * (r * r) + r) + 1.0f;
+  const vu power = (bits(shifted) - 0x4B400000u + 127u) << 23;
+  return tiny ? vf{} : y * from_bits(power);
+}
+
+DGG_INLINE vf tanh(vf x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }
+
+}  // namespace dgg

@@ -1,0 +1,60 @@
+"""A task and a configuration small enough for tests of the trainer."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from python_trainer.config import TrainConfig
+from python_trainer.tasks import Example
+
+TINY = TrainConfig(
+    task="digits",
+    task_options={},
+    rollout_batches=6,
+    prompts_per_batch=4,
+    num_generations=4,
+    max_completion_length=5,
+    num_iterations=4,
+    learning_rate=3e-3,
+    gate_window=3,
+    vocab_size=128,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    warmup_max_steps=10,
+    warmup_accuracy=1.0,
+    warmup_batch_size=16,
+    eval_every=2,
+    eval_prompts=8,
+    threads=1,
+)
+
+
+class Digits:
+    """Reward: the share of the completion's five places that hold a digit. Easy to raise."""
+
+    name = "digits"
+
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        self.calls = 0
+
+    def sample(self, n: int, seed: str, held_out: bool = False) -> list[Example]:
+        rng = random.Random(seed)
+        prompts = ["".join(rng.choices("abc", k=rng.randint(1, 3))) for _ in range(n)]
+        return [Example(prompt, prompt, "12") for prompt in prompts]
+
+    def reward(self, example: Example, completion: str) -> float:
+        self.calls += 1
+        return sum(c.isdigit() for c in completion[:5]) / 5
+
+
+class Fails(Digits):
+    """Its verifier breaks in the third rollout batch."""
+
+    name = "fails"
+
+    def reward(self, example: Example, completion: str) -> float:
+        if self.calls == 2 * TINY.sequences_per_batch:
+            raise ZeroDivisionError("no\nluck")
+        return super().reward(example, completion)
