@@ -6,7 +6,9 @@ holds its configuration, its place in a training loop and its checkpoint.
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
@@ -72,6 +74,18 @@ class GateConfig:
 def _require(ok: bool, field: str, expected: str, got: object) -> None:
     if not ok:
         raise ValueError(f"GateConfig.{field}: expected {expected}, got {got!r}")
+
+
+# The op's backward knows its gate by number: an op takes no Python object, and a compiled graph runs
+# it without this module's frame.
+_ids = itertools.count()
+_gates: weakref.WeakValueDictionary[int, GradientGate] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("dgg::gate_record", mutates_args=("buffer",))
+def _gate_record(buffer: Tensor, row_sq: Tensor, gate_id: int) -> None:
+    _gates[gate_id].record()
+    buffer.copy_(row_sq)
 
 
 class Decision(NamedTuple):
@@ -151,7 +165,10 @@ class GradientGate:
         self.grad_scale = torch.ones((), dtype=torch.float32, device=device)
         self.max_grad_norm: float | None = None
         self._optimizers: list[AttachedOptimizer] = []
-        self._row_sq: Tensor | None = None
+        # Written by the backward of linear_logprob: squared norms of the gradient's rows as stored.
+        self.row_sq = torch.zeros(weight.shape[0], dtype=torch.float32, device=device)
+        self.id = next(_ids)
+        _gates[self.id] = self
         self._backwards = 0
         self._grad_was_empty = False
         self._uses = -1  # decisions since new_batch(), known to the host; -1 before the first
@@ -324,15 +341,10 @@ class GradientGate:
                 f"{self._state.device}, got {tuple(weight.shape)} on {weight.device}"
             )
 
-    def record(self, row_sq: Tensor) -> None:
-        """Take note of a backward of `linear_logprob`.
-
-        Args:
-            row_sq: [V] fp32, squared norms of the rows of the gradient as stored.
-        """
+    def record(self) -> None:
+        """Take note that a backward of `linear_logprob` is writing `row_sq`."""
         if self._awaits_step:
             raise RuntimeError("gate: a backward ran between decide() and optimizer.step()")
-        self._row_sq = row_sq
         self._backwards += 1
         # Held from an earlier micro-batch, .grad is added to: row_sq is then not its norm.
         self._grad_was_empty = self.weight.grad is None
@@ -349,7 +361,7 @@ class GradientGate:
         return torch.nn.utils.get_total_norm(grads).to(self._state.device, torch.float32)
 
     def _own_signal(self) -> tuple[Tensor, bool]:
-        if self._backwards == 0 or self._row_sq is None:
+        if self._backwards == 0:
             raise RuntimeError(
                 "decide: no backward through linear_logprob(..., gate=gate) since the last decision"
             )
@@ -360,7 +372,7 @@ class GradientGate:
                     f"decide: {self._backwards} backward passes through a frozen weight, whose "
                     "gradients were not kept to be added up; pass energy= to decide()"
                 )
-            return self._row_sq, True
+            return self.row_sq, True
         if self.weight.grad is None:
             raise RuntimeError("decide: the gate's weight has no gradient")
         norm = torch.linalg.vector_norm(self.weight.grad, dtype=torch.float32)
@@ -378,4 +390,4 @@ class GradientGate:
         self._awaits_step = False
 
     def _forget_backward(self) -> None:
-        self._row_sq, self._backwards, self._grad_was_empty = None, 0, False
+        self._backwards, self._grad_was_empty = 0, False

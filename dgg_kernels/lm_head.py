@@ -1,7 +1,7 @@
 """`linear_logprob`: log-probs of targets from hidden states, with logits never materialised.
 
-Layers, in this order: device implementations of the two ops -> their registration -> the autograd
-function -> the public function.
+Layers, in this order: device implementations of the two ops -> their registration -> the op with
+autograd -> the public function.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import lm_head_chunked
 
@@ -42,7 +41,8 @@ for _op, _function in (
 @torch.library.register_fake("dgg::lm_head_forward")
 def _(hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed):
     rows = [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(4)]
-    return (*rows, hidden.new_empty(0, dtype=torch.int32))
+    size = 0 if seed is None else torch.library.get_ctx().new_dynamic_size()
+    return (*rows, hidden.new_empty(size, dtype=torch.int32))
 
 
 @torch.library.register_fake("dgg::lm_head_backward")
@@ -59,47 +59,57 @@ def _(grad_logp, grad_entropy, hidden, weight, target, bias, lse, entropy, activ
 # -- autograd -------------------------------------------------------------------------------------
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        temperature: float,
-        softcap: float,
-        grad_eps: float,
-        lse_ref: Tensor | None,
-        seed: Tensor | None,
-        gate: GradientGate | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logp, entropy, lse, sum_p2, active = torch.ops.dgg.lm_head_forward(
-            hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed
-        )
-        ctx.save_for_backward(hidden, weight, bias, target, lse, entropy, active, seed)
-        ctx.scalars = (temperature, softcap, grad_eps)
-        ctx.gate = gate
-        ctx.mark_non_differentiable(lse, sum_p2)
-        ctx.set_materialize_grads(False)
-        return logp, entropy, lse, sum_p2
+@torch.library.custom_op("dgg::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature: float,
+    softcap: float,
+    grad_eps: float,
+    lse_ref: Tensor | None,
+    seed: Tensor | None,
+    gate_row_sq: Tensor | None,
+    gate_id: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.dgg.lm_head_forward(
+        hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed
+    )
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, lse, entropy, active, seed = ctx.saved_tensors
-        grad_logp, grad_entropy = grads[:2]
-        if grad_logp is None:
-            grad_logp = torch.zeros_like(lse)
-        need = ctx.needs_input_grad[:3]
-        d_hidden, d_weight, d_bias, row_sq = torch.ops.dgg.lm_head_backward(
-            grad_logp, grad_entropy, hidden, weight, target, bias, lse, entropy, active, seed,
-            *ctx.scalars, *need, ctx.gate is not None,
-        )  # fmt: skip
-        if ctx.gate is not None:
-            ctx.gate.record(row_sq)
-        d_inputs = zip((d_hidden, d_weight, d_bias), need, strict=True)
-        return (*(d if needed else None for d, needed in d_inputs), *[None] * 7)
+
+@_linear_logprob.register_fake
+def _(hidden, weight, bias, target, temperature, softcap, grad_eps, lse_ref, seed, *gate):
+    return torch.ops.dgg.lm_head_forward(
+        hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, bias, target, temperature, softcap, grad_eps, _, seed, row_sq, gate_id = inputs
+    _, entropy, lse, sum_p2, active = output
+    ctx.save_for_backward(hidden, weight, bias, target, lse, entropy, active, seed, row_sq)
+    ctx.scalars = (temperature, softcap, grad_eps)
+    ctx.gate_id = gate_id
+    ctx.mark_non_differentiable(lse, sum_p2, active)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple:
+    hidden, weight, bias, target, lse, entropy, active, seed, gate_row_sq = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    gated = gate_row_sq is not None
+    d_hidden, d_weight, d_bias, row_sq = torch.ops.dgg.lm_head_backward(
+        torch.zeros_like(lse) if grad_logp is None else grad_logp, grad_entropy,
+        hidden, weight, target, bias, lse, entropy, active, seed, *ctx.scalars, *need, gated,
+    )  # fmt: skip
+    if gated:
+        torch.ops.dgg.gate_record(gate_row_sq, row_sq, ctx.gate_id)
+    d_inputs = zip((d_hidden, d_weight, d_bias), need, strict=True)
+    return (*(d if needed else None for d, needed in d_inputs), *[None] * 8)
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 
 # -- public ---------------------------------------------------------------------------------------
@@ -163,7 +173,7 @@ def linear_logprob(
     if grad_eps > 0 and tracked and torch.is_grad_enabled():
         # From the default generator: manual_seed reproduces it, checkpointing restores it.
         seed = torch.randint(2**31 - 1, (1,), device=hidden.device)
-    outputs = _LinearLogprob.apply(
+    logp, entropy, lse, sum_p2, _ = _linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -173,9 +183,9 @@ def linear_logprob(
         float(grad_eps),
         None if lse_ref is None else lse_ref.detach().reshape(-1).float(),
         seed,
-        gate,
+        None if gate is None else gate.row_sq,
+        -1 if gate is None else gate.id,
     )
-    logp, entropy, lse, sum_p2 = outputs
     if target.device.type != "cpu":
         logp = logp * torch.where(outside, torch.nan, 1.0)  # NaN, forward and backward
     return LogprobOutput(*(o.reshape(shape) for o in (logp, entropy, lse, sum_p2)))

@@ -3,8 +3,8 @@
 // Forward: a product of all rows with one chunk of the vocabulary at a time (torch's own mm), then
 // one pass over that block while it is in cache: online log-sum-exp, entropy, sum of p^2, and the
 // choice of the active set. Backward: sparse, over the active set alone; or, with grad_eps = 0,
-// dense by the same chunks. Every row and every weight row has one owner and one order of summation:
-// results are the same bits on any number of threads.
+// dense by the same chunks. Every row and every weight row has one owner and one order of
+// summation: results are the same bits on any number of threads.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -160,7 +160,8 @@ DGG_CLONES void finish_logits(float* z, int64_t n, const float* bias, float temp
   }
 }
 
-// -- one row's running sums ------------------------------------------------------------------------
+// -- one row's running sums
+// ------------------------------------------------------------------------
 
 struct Entry {
   int32_t column;
@@ -168,7 +169,7 @@ struct Entry {
 };
 
 struct Row {
-  int64_t index;   // in the caller's order: what the draw is keyed by
+  int64_t index;  // in the caller's order: what the draw is keyed by
   int64_t target;
   float maximum = -INFINITY;
   float z_target = 0;
@@ -301,7 +302,8 @@ void finish(Row& row, float inverse_eps, uint32_t seed) {
   row.entries.push_back({(int32_t)row.target, row.z_target});
 }
 
-// -- the active set as a tensor: [row_start int64 x (N + 1)] [column int32 x nnz] [z fp32 x nnz] ----
+// -- the active set as a tensor: [row_start int64 x (N + 1)] [column int32 x nnz] [z fp32 x nnz]
+// ----
 
 struct ActiveSet {
   const int64_t* row_start;
@@ -319,8 +321,7 @@ struct ActiveSet {
 Tensor pack(const Tensor& like, std::vector<Row>& rows, int64_t n) {
   int64_t total = 0;
   for (const Row& row : rows) total += (int64_t)row.entries.size();
-  Tensor packed =
-      torch::stable::new_empty(like, {2 * (n + 1) + 2 * total}, ScalarType::Int);
+  Tensor packed = torch::stable::new_empty(like, {2 * (n + 1) + 2 * total}, ScalarType::Int);
   int32_t* base = mutable_data<int32_t>(packed);
   int64_t* start = reinterpret_cast<int64_t*>(base);
   int32_t* column = base + 2 * (n + 1);
@@ -371,8 +372,8 @@ struct Inputs {
   }
 };
 
-// Calls use(logits [rows, columns], first row, rows, first column, columns) for every block; all row
-// blocks of a chunk of the vocabulary follow one another.
+// Calls use(logits [rows, columns], first row, rows, first column, columns) for every block; all
+// row blocks of a chunk of the vocabulary follow one another.
 template <typename F>
 void for_each_block(Head& head, const Tensor& x, F&& use) {
   const int64_t n = x.size(0), vocabulary = head.vocabulary();
@@ -482,8 +483,8 @@ DGG_INLINE void weighted_sum_of(float* sum, int64_t d, int64_t count, const T* c
     const T *a = row[k], *b = row[k + 1], *e = row[k + 2], *f = row[k + 3];
     const float sa = scale[k], sb = scale[k + 1], se = scale[k + 2], sf = scale[k + 3];
     for (int64_t i = 0; i < d; ++i)
-      sum[i] += (sa * to_float(a[i]) + sb * to_float(b[i])) +
-                (se * to_float(e[i]) + sf * to_float(f[i]));
+      sum[i] +=
+          (sa * to_float(a[i]) + sb * to_float(b[i])) + (se * to_float(e[i]) + sf * to_float(f[i]));
   }
   for (; k < count; ++k)
     for (int64_t i = 0; i < d; ++i) sum[i] += scale[k] * to_float(row[k][i]);
@@ -513,8 +514,8 @@ DGG_CLONES float squares(const float* x, int64_t d) {
   return (float)total;
 }
 
-// Where one weight row's finished gradient goes: rounded to the weight's dtype, its squares taken of
-// the values as stored.
+// Where one weight row's finished gradient goes: rounded to the weight's dtype, its squares taken
+// of the values as stored.
 struct WeightGradient {
   Tensor d_weight, row_sq;  // empty where not needed
   bool store, squares_wanted;
@@ -664,7 +665,8 @@ void backward_dense(const Inputs& in, Head& head, const LogitGradient& gradient,
   std::vector<int64_t> index;
   for (int64_t i = 0; i < in.n; ++i)
     if (in.target[i] >= 0 && gradient.works(i)) index.push_back(i);
-  if (need_hidden && (int64_t)index.size() < in.n) torch::stable::zero_(const_cast<Tensor&>(out.d_hidden));
+  if (need_hidden && (int64_t)index.size() < in.n)
+    torch::stable::zero_(const_cast<Tensor&>(out.d_hidden));
   if (index.empty()) {
     for (int64_t v = 0; v < head.vocabulary(); ++v) out.weight.template write_zero<T>(v, d);
     if (need_bias) torch::stable::zero_(const_cast<Tensor&>(out.d_bias));
@@ -676,48 +678,50 @@ void backward_dense(const Inputs& in, Head& head, const LogitGradient& gradient,
   Tensor d_x = new_floats(x, {need_hidden ? n : 0, d});
   Tensor d_w = new_floats(x, {need_weight ? std::min(BLOCK_COLS, head.vocabulary()) : 0, d});
   std::vector<double> d_b(BLOCK_COLS);
-  for_each_block(head, x, [&](const Tensor& block, const Tensor& part, const Tensor& w, int64_t r,
-                              int64_t rows, int64_t c, int64_t columns) {
-    float* z = mutable_data<float>(block);
-    parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t i = index[r + k], y = in.target[i] - c;
-        float* row = z + k * columns;
-        const bool has_target = y >= 0 && y < columns;
-        const float z_target = has_target ? row[y] : 0.0f;
-        dense_gradient(row, columns, gradient.c[i],
-                       gradient.c_entropy ? gradient.c_entropy[i] : 0.0f, gradient.lse[i],
-                       gradient.entropy[i], gradient.temperature, gradient.softcap);
-        if (has_target)
-          row[y] = gradient(i, z_target, std::exp(z_target - gradient.lse[i]), true);
-      }
-    });
-    if (need_hidden) {
-      const Tensor part_dx = torch::stable::narrow(d_x, 0, r, rows);
-      addmm(part_dx, block, w, c > 0);
-    }
-    const bool last = r + rows == n;
-    if (need_bias) {
-      if (r == 0) std::fill(d_b.begin(), d_b.end(), 0.0);
-      for (int64_t k = 0; k < rows; ++k)
-        for (int64_t j = 0; j < columns; ++j) d_b[j] += (double)z[k * columns + j];
-      if (last)
-        by_dtype(out.d_bias, [&](auto b) {
-          using B = decltype(b);
-          for (int64_t j = 0; j < columns; ++j)
-            mutable_data<B>(out.d_bias)[c + j] = from_float<B>((float)d_b[j]);
-        });
-    }
-    if (!need_weight) return;
-    const Tensor part_dw = torch::stable::narrow(d_w, 0, 0, columns);
-    addmm(part_dw, torch::stable::transpose(block, 0, 1), part, r > 0);
-    if (!last) return;
-    float* finished = mutable_data<float>(part_dw);
-    parallel_for(0, columns, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j)
-        out.weight.template write<T>(c + j, finished + j * d, d);
-    });
-  });
+  for_each_block(head, x,
+                 [&](const Tensor& block, const Tensor& part, const Tensor& w, int64_t r,
+                     int64_t rows, int64_t c, int64_t columns) {
+                   float* z = mutable_data<float>(block);
+                   parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+                     for (int64_t k = begin; k < end; ++k) {
+                       const int64_t i = index[r + k], y = in.target[i] - c;
+                       float* row = z + k * columns;
+                       const bool has_target = y >= 0 && y < columns;
+                       const float z_target = has_target ? row[y] : 0.0f;
+                       dense_gradient(row, columns, gradient.c[i],
+                                      gradient.c_entropy ? gradient.c_entropy[i] : 0.0f,
+                                      gradient.lse[i], gradient.entropy[i], gradient.temperature,
+                                      gradient.softcap);
+                       if (has_target)
+                         row[y] = gradient(i, z_target, std::exp(z_target - gradient.lse[i]), true);
+                     }
+                   });
+                   if (need_hidden) {
+                     const Tensor part_dx = torch::stable::narrow(d_x, 0, r, rows);
+                     addmm(part_dx, block, w, c > 0);
+                   }
+                   const bool last = r + rows == n;
+                   if (need_bias) {
+                     if (r == 0) std::fill(d_b.begin(), d_b.end(), 0.0);
+                     for (int64_t k = 0; k < rows; ++k)
+                       for (int64_t j = 0; j < columns; ++j) d_b[j] += (double)z[k * columns + j];
+                     if (last)
+                       by_dtype(out.d_bias, [&](auto b) {
+                         using B = decltype(b);
+                         for (int64_t j = 0; j < columns; ++j)
+                           mutable_data<B>(out.d_bias)[c + j] = from_float<B>((float)d_b[j]);
+                       });
+                   }
+                   if (!need_weight) return;
+                   const Tensor part_dw = torch::stable::narrow(d_w, 0, 0, columns);
+                   addmm(part_dw, torch::stable::transpose(block, 0, 1), part, r > 0);
+                   if (!last) return;
+                   float* finished = mutable_data<float>(part_dw);
+                   parallel_for(0, columns, 16, [&](int64_t begin, int64_t end) {
+                     for (int64_t j = begin; j < end; ++j)
+                       out.weight.template write<T>(c + j, finished + j * d, d);
+                   });
+                 });
   if (!need_hidden) return;
   const float* from = data<float>(d_x);
   parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
