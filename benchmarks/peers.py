@@ -1,0 +1,127 @@
+"""Per-token log-probs of a language-model head, each implementation at its best setting.
+
+A peer is a function (hidden [N, D], weight [V, D], target [N]) -> logp [N] that autograd can go
+back through. `available(device)` lists those that run here and names those that are missing.
+To add one: write its function, and name it in PEERS.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dgg_kernels import linear_logprob
+
+Peer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def ours(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return linear_logprob(hidden, weight, target).logp
+
+
+def ours_exact(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return linear_logprob(hidden, weight, target, grad_eps=0.0).logp
+
+
+def torch_eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """cross_entropy over fp32 logits: faster than log_softmax and gather."""
+    return -F.cross_entropy((hidden @ weight.T).float(), target, reduction="none")
+
+
+def _eager_16_bit_logits(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return -F.cross_entropy(hidden @ weight.T, target, reduction="none").float()
+
+
+torch_compiled: Peer = torch.compile(torch_eager)
+
+
+def torch_chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """torch >= 2.13."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return -F.linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
+
+
+def _trl(chunk: int) -> Peer:
+    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        no_outputs = (None, 1.0, ())
+        return ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, chunk, *no_outputs)[
+            0
+        ]
+
+    return function
+
+
+def liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Scaled cross-entropy: SM90 kernel on Hopper, its chunked PyTorch elsewhere."""
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
+
+    return -module.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target)
+
+
+def _cut_cross_entropy(impl: str) -> Peer:
+    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return -linear_cross_entropy(hidden, weight, target, reduction="none", impl=impl)
+
+    return function
+
+
+def quack(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """QuACK's chunked linear cross-entropy."""
+    from quack.linear_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, None, target, reduction="none")
+
+
+def verl(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """verl's Triton head."""
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, weight, target, 1.0, "none")[0]
+
+
+# name -> (function, module it needs, devices)
+PEERS: dict[str, tuple[Peer, str, tuple[str, ...]]] = {
+    "ours": (ours, "dgg_kernels", ("cpu", "cuda")),
+    "ours, grad_eps=0": (ours_exact, "dgg_kernels", ("cpu", "cuda")),
+    "torch eager": (torch_eager, "torch", ("cpu", "cuda")),
+    "torch eager, 16-bit logits": (_eager_16_bit_logits, "torch", ("cuda",)),
+    "torch.compile": (torch_compiled, "torch", ("cpu", "cuda")),
+    "torch linear_cross_entropy": (torch_chunked, "torch", ("cpu", "cuda")),
+    "TRL chunked head, 8192": (_trl(8192), "trl.kernels.chunked_logprob", ("cpu", "cuda")),
+    "TRL chunked head, 32768": (_trl(32768), "trl.kernels.chunked_logprob", ("cpu", "cuda")),
+    "Liger scaled cross-entropy": (
+        liger, "liger_kernel.ops.fused_linear_scaled_cross_entropy", ("cpu", "cuda"),
+    ),
+    "Cut Cross-Entropy, torch_compile": (
+        _cut_cross_entropy("torch_compile"), "cut_cross_entropy", ("cpu", "cuda"),
+    ),
+    "Cut Cross-Entropy": (_cut_cross_entropy("cce"), "cut_cross_entropy", ("cuda",)),
+    "QuACK": (quack, "quack.linear_cross_entropy", ("cuda",)),
+    "verl": (verl, "verl.utils.kernel.linear_cross_entropy", ("cuda",)),
+}  # fmt: skip
+
+
+def available(device: str) -> tuple[dict[str, Peer], dict[str, str]]:
+    """Peers that run on this device, and the reason for each that does not."""
+    found, missing = {}, {}
+    for name, (function, module, devices) in PEERS.items():
+        if device not in devices:
+            continue
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a broken peer must not break the benchmark
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            continue
+        if function is torch_chunked and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            missing[name] = f"needs torch >= 2.13, this is {torch.__version__}"
+            continue
+        found[name] = function
+    return found, missing

@@ -1,0 +1,65 @@
+"""`linear_cross_entropy`: supervised fine-tuning over the same op."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .lm_head import linear_logprob
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    grad_eps: float = 2**-12,
+) -> Tensor:
+    """Cross-entropy of a linear head, without its logits.
+
+    As `torch.nn.functional.linear_cross_entropy` with class-index targets. Class weights and class
+    probabilities are not offered.
+
+    Args:
+        input: [..., D], bf16, fp16 or fp32.
+        linear_weight: [V, D].
+        target: [...], int64 class indices.
+        linear_bias: [V] or None.
+        reduction: "mean" over the targets that are not ignored, "sum", or "none" for [...].
+        ignore_index: target whose rows give 0 and no gradient.
+        label_smoothing: weight in [0, 1] of the uniform distribution mixed into the target's.
+        grad_eps: as in `linear_logprob`.
+
+    Returns:
+        The loss, fp32: 0-dim, or [...] under "none". The mean of no target is NaN, as in torch.
+
+    Raises:
+        ValueError: `reduction` or `label_smoothing` out of range; else as `linear_logprob`.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
+    out = linear_logprob(
+        input, linear_weight, target, bias=linear_bias, ignore_index=ignore_index, grad_eps=grad_eps
+    )
+    loss = -out.logp
+    kept = target != ignore_index
+    if label_smoothing:
+        # -(1 - s) logp_y - s mean_v logp_v = -logp_y + s (z_y - mean_v z_v), and mean_v z_v is the
+        # product with the mean weight: no logits are needed for it.
+        index = target.where(kept, 0)
+        apart = linear_weight[index].float() - linear_weight.float().mean(0)
+        gap = (input.float() * apart).sum(-1)
+        if linear_bias is not None:
+            gap = gap + linear_bias[index].float() - linear_bias.float().mean()
+        loss = loss + label_smoothing * gap.where(kept, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / torch.count_nonzero(kept)

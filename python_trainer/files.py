@@ -1,0 +1,107 @@
+"""What a run leaves on disk: always readable, whenever it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+_INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _encode(value: Any) -> Any:
+    """JSON has no NaN and no infinity: NaN becomes null, the infinities strings."""
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, float) and math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one object per line, one write per line, nothing buffered.
+
+    Floats are written by `repr`, so they come back bit for bit. null stands for NaN and for "no
+    value here". Wall times are not in it: two runs of one seed write the same bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+
+    def write(self, row: Row) -> None:
+        self._file.write(json.dumps(_encode(row), allow_nan=False).encode() + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a `metrics.jsonl`, with null as NaN again."""
+    rows = []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        for key, value in row.items():
+            if value is None:
+                row[key] = math.nan
+            elif isinstance(value, str) and value in _INFINITIES:
+                row[key] = _INFINITIES[value]
+        rows.append(row)
+    return rows
+
+
+def energies(rows: list[Row]) -> list[list[float]]:
+    """Gate energies by rollout batch, in the form that `dgg_kernels.replay` takes."""
+    batches: dict[int, list[float]] = {}
+    for row in rows:
+        if row["type"] == "update":
+            batches.setdefault(row["rollouts"], []).append(row["gate/energy"])
+    return list(batches.values())
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write a whole file or nothing: temporary neighbour, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(_encode(value), indent=2, allow_nan=False) + "\n")
+
+
+def commit() -> str | None:
+    """The git commit that this code runs from, with "-dirty" if edited; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what a result depends on; None where a package is not installed."""
+    import platform
+    from importlib import metadata
+
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("dgg-kernels", "torch", "triton", "transformers", "reasoning-gym", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found

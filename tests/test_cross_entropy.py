@@ -1,0 +1,48 @@
+"""linear_cross_entropy against torch's cross_entropy over plain logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerance import error
+
+from dgg_kernels import linear_cross_entropy
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_agrees_with_torch(reduction, smoothing, with_bias):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 9, 16), torch.randn(300, 16)
+    bias = torch.randn(300) if with_bias else None
+    target = torch.randint(300, (4, 9))
+    target[torch.rand(4, 9) < 0.3] = -7
+    results = []
+    for mine in (True, False):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        x, w, b = leaves
+        options = {"reduction": reduction, "ignore_index": -7, "label_smoothing": smoothing}
+        if mine:
+            loss = linear_cross_entropy(x, w, target, linear_bias=b, grad_eps=0.0, **options)
+        else:
+            logits = torch.nn.functional.linear(x, w, b).flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, target.flatten(), **options)
+            loss = loss.reshape(4, 9) if reduction == "none" else loss
+        (loss * torch.linspace(0.5, 1, loss.numel()).reshape(loss.shape)).sum().backward()
+        results.append([loss.detach(), *(t.grad for t in leaves if t is not None)])
+    for got, expected in zip(*results, strict=True):
+        assert error(got, expected) < 1e-5
+
+
+def test_the_mean_of_nothing_is_nan_as_in_torch():
+    target = torch.full((3,), -100)
+    assert linear_cross_entropy(torch.zeros(3, 4), torch.zeros(5, 4), target).isnan()
+
+
+def test_bad_options_are_named():
+    args = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3).long()
+    with pytest.raises(ValueError, match="reduction: expected 'mean', 'sum' or 'none', got 'avg'"):
+        linear_cross_entropy(*args, reduction="avg")
+    with pytest.raises(ValueError, match="label_smoothing: expected a number in"):
+        linear_cross_entropy(*args, label_smoothing=2)

@@ -1,0 +1,40 @@
+"""The CUDA sources compile for every shipped architecture (no GPU needed), or why not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NVCC = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
+# triton's wheel carries the tool that lists the machine code of a library.
+TOOLS = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+
+
+@pytest.mark.skipif(not NVCC.exists(), reason=f"no CUDA compiler at {NVCC}")
+def test_cuda_sources_compile_and_the_library_loads_beside_a_cpu_torch(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"),
+         "--build-temp", str(tmp_path / "temp")],
+        cwd=ROOT, env={**os.environ, "FORCE_CUDA": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr[-3000:]
+    (library,) = (tmp_path / "lib" / "dgg_kernels").glob("_ops*.so")
+    code = (
+        f"import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.dgg.gate_decide)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    listed = subprocess.run(
+        [str(TOOLS / "cuobjdump"), "-lelf", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for arch in ("sm_80", "sm_90a", "sm_100a"):
+        assert arch in listed.stdout

@@ -1,0 +1,72 @@
+"""Who imports whom: the arrows of the layout, and what importing the package costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# module of dgg_kernels -> modules of dgg_kernels it may import
+ARROWS = {
+    "reference": set(),
+    "configs": set(),
+    "optim": set(),
+    "monitor": set(),
+    "_library": set(),
+    "lm_head_chunked": set(),
+    "lm_head_forward": {"configs"},
+    "lm_head_backward": {"configs", "lm_head_forward"},
+    "lm_head": {"lm_head_chunked", "lm_head_forward", "lm_head_backward", "gate"},
+    "cross_entropy": {"lm_head"},
+    "gate": {"_host", "optim"},
+    "info": {"__init__", "_host", "_library", "lm_head"},
+    "replay": {"__init__", "gate"},
+    "__init__": {"_library", "cross_entropy", "gate", "lm_head"},
+}
+
+
+def imports(path: Path) -> list[str]:
+    """Absolute dotted names of what a file imports, relative ones resolved in its package."""
+    package = path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package if node.level else ""
+            full = ".".join(filter(None, (base, node.module)))
+            names += [f"{full}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dgg_kernels").glob("*.py")), ids=lambda p: p.stem)
+def test_arrows_inside_dgg_kernels(path):
+    ours = [name.split(".") for name in imports(path) if name.split(".")[0] == "dgg_kernels"]
+    found = {parts[1] if len(parts) > 1 else "__init__" for parts in ours}
+    modules = {p.stem for p in path.parent.glob("*.py")} | {"_host"}
+    found = {name if name in modules else "__init__" for name in found} - {path.stem}
+    assert found <= ARROWS[path.stem], f"{path.name} imports {found - ARROWS[path.stem]}"
+
+
+def test_the_trainer_uses_public_names_only_and_nothing_imports_tests_or_benchmarks():
+    for folder in ("dgg_kernels", "python_trainer"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for name in imports(path):
+                top = name.split(".")[0]
+                assert top not in ("tests", "benchmarks"), f"{path}: {name}"
+                if folder == "dgg_kernels":
+                    assert top != "python_trainer", f"{path}: {name}"
+                elif top == "dgg_kernels":
+                    hidden = [part for part in name.split(".") if part.startswith("_")]
+                    assert not hidden, f"{path}: {name}"
+
+
+def test_importing_the_kernels_imports_no_trainer_library():
+    heavy = ("transformers", "trl", "verl", "matplotlib", "reasoning_gym", "python_trainer")
+    code = f"import sys, dgg_kernels; print([m for m in {heavy} if m in sys.modules])"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == "[]"
