@@ -14,10 +14,12 @@ from dgg_kernels import _host, _library
 def implementations() -> dict[str, str]:
     """Device type -> implementation of the lm_head ops and of the gate."""
     triton = importlib.util.find_spec("triton")
+    vectors = torch.backends.cpu.get_cpu_capability()
     return {
-        "cpu": "lm_head: plain PyTorch, chunked; gate: C++",
+        "cpu": f"lm_head: C++ ({vectors}); gate: C++",
         "cuda": f"lm_head: {'Triton' if triton else 'none (install triton)'}; gate: "
         + ("CUDA" if _host.BUILD_CUDA_ARCHS != "none" else "none (built without CUDA)"),
+        "mps, xpu": "lm_head: plain PyTorch by vocabulary chunks; gate: none",
     }
 
 
