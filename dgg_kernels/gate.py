@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from . import _host
 from .optim import AttachedOptimizer, attach_optimizer
@@ -44,6 +45,9 @@ class GateConfig:
             increment compares a mini-batch with its own previous use.
         energy: "head" is the norm of the lm_head's own gradient dL/dW; "parameter" the norm of
             `weight.grad`, which for tied embeddings also holds the embedding's gradient.
+        accumulate: keep the head's own gradient between the backward passes of one update, [V, D]
+            of memory. Needed for `energy="head"` when several passes make one update and
+            `weight.grad` is not their sum: tied embeddings, or a frozen weight.
     """
 
     threshold: float = 0.5
@@ -55,6 +59,7 @@ class GateConfig:
     include_shut: bool = False
     mini_batches: int = 1
     energy: Literal["head", "parameter"] = "head"
+    accumulate: bool = False
 
     def __post_init__(self) -> None:
         _require(isinstance(self.threshold, int | float) and not math.isnan(self.threshold),
@@ -64,7 +69,8 @@ class GateConfig:
             ok = isinstance(value, int) and not isinstance(value, bool) and least <= value <= 2**20
             _require(ok, name, f"an integer from {least} to {2**20}", value)
         _require(0 < self.ema_decay < 1, "ema_decay", "a number between 0 and 1", self.ema_decay)
-        _require(isinstance(self.include_shut, bool), "include_shut", "a bool", self.include_shut)
+        for name in ("include_shut", "accumulate"):
+            _require(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
         hints = get_type_hints(GateConfig)
         for name in ("statistic", "average", "energy"):
             known = get_args(hints[name])
@@ -83,8 +89,8 @@ _gates: weakref.WeakValueDictionary[int, GradientGate] = weakref.WeakValueDictio
 
 
 @torch.library.custom_op("dgg::gate_record", mutates_args=("buffer",))
-def _gate_record(buffer: Tensor, row_sq: Tensor, gate_id: int) -> None:
-    _gates[gate_id].record()
+def _gate_record(buffer: Tensor, row_sq: Tensor, d_weight: Tensor, gate_id: int) -> None:
+    _gates[gate_id].record(d_weight)
     buffer.copy_(row_sq)
 
 
@@ -137,6 +143,30 @@ def replay(energies: Sequence[Sequence[float]], config: GateConfig) -> list[list
     return decisions
 
 
+def _world() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def _alone() -> bool:
+    """Whether the gradient that the kernel writes is the finished one: no other rank adds to it."""
+    return _world() == 1
+
+
+def _full(norm: Tensor) -> Tensor:
+    """A norm over DTensor shards as the plain tensor that every rank holds."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _same_on_all_ranks(value: Tensor) -> Tensor:
+    """The mean over the ranks: the same bits everywhere; NaN everywhere if it is NaN anywhere."""
+    if _alone():
+        return value
+    value = value.clone()
+    torch.distributed.all_reduce(value)
+    return value / _world()
+
+
 class GradientGate:
     """Scores the lm_head gradient before the optimizer sees it; shut, the update does not happen.
 
@@ -166,29 +196,44 @@ class GradientGate:
         self.max_grad_norm: float | None = None
         self._optimizers: list[AttachedOptimizer] = []
         # Written by the backward of linear_logprob: squared norms of the gradient's rows as stored.
+        self._one = torch.ones((), device=device)
         self.row_sq = torch.zeros(weight.shape[0], dtype=torch.float32, device=device)
         self.id = next(_ids)
         _gates[self.id] = self
         self._backwards = 0
         self._grad_was_empty = False
+        self._head_grad: Tensor | None = None  # sum of this update's head gradients, if kept
+        self._scaler: torch.amp.GradScaler | None = None
         self._uses = -1  # decisions since new_batch(), known to the host; -1 before the first
         self._awaits_step = False
-        self._seen_shut = False
+        self._seen_shut, self._seen_applied = False, 0
         if device.type == "cuda":
-            self._pinned = torch.zeros((), dtype=torch.float32, pin_memory=True)
+            self._pinned = torch.zeros(Slot.HEADER_SIZE, dtype=torch.float64, pin_memory=True)
             self._copied = torch.cuda.Event()
 
     # -- in the loop ------------------------------------------------------------------------------
 
-    def attach(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None) -> None:
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        host_gate: bool = False,
+    ) -> None:
         """Let `optimizer.step()` be skipped, and its gradient clipped, on the device.
 
         Works through `found_inf` and `grad_scale` of torch's own fused Adam, AdamW, SGD and
         Adagrad. Call it once per optimizer; the clipped norm is the one over all of them.
 
         Args:
-            optimizer: built with `fused=True`.
+            optimizer: built with `fused=True` (or Accelerate's wrapper of one that was).
             max_grad_norm: clip the global gradient norm to this, as `clip_grad_norm_` would.
+            scaler: the GradScaler that steps this optimizer. Call `scaler.unscale_(optimizer)`
+                before `decide()`; the step is skipped when the gate is shut or the scaler found an
+                Inf, and only the latter lowers the loss scale.
+            host_gate: accept any optimizer, by not calling its step when the gate is shut. **The
+                host then waits for the device once per update.**
 
         Raises:
             TypeError: the optimizer cannot skip on the device; names it, and the remedy.
@@ -206,8 +251,10 @@ class GradientGate:
             self.found_inf,
             self.grad_scale if max_grad_norm is not None else None,
             self._stepped,
+            shut_on_host=(lambda: self.is_shut(wait=True)) if host_gate else None,
         )
         self.max_grad_norm = max_grad_norm
+        self._scaler = scaler or self._scaler
         self._optimizers.append(attached)
 
     def detach(self) -> None:
@@ -215,7 +262,8 @@ class GradientGate:
         for attached in self._optimizers:
             attached.release()
         self._optimizers.clear()
-        self.max_grad_norm = None
+        self.max_grad_norm = self._scaler = None
+        self._awaits_step = False
 
     def new_batch(self) -> None:
         """Open the gate for fresh rollouts: clears use counter, references and latch."""
@@ -246,12 +294,12 @@ class GradientGate:
         signal, squares = self._own_signal() if energy is None else (self._checked(energy), False)
         total_norm, limit = None, 1.0
         if self.max_grad_norm is not None:
-            total_norm, limit = self.total_grad_norm(), self.max_grad_norm
+            total_norm, limit = _same_on_all_ranks(self.total_grad_norm()), self.max_grad_norm
         torch.ops.dgg.gate_decide(
             self._state, signal, squares, total_norm, limit, self.found_inf, self.grad_scale
         )
         if self._state.is_cuda:
-            self._pinned.copy_(self.found_inf, non_blocking=True)
+            self._pinned.copy_(self._state[: Slot.HEADER_SIZE], non_blocking=True)
             self._copied.record()
         self._uses += 1
         self._forget_backward()
@@ -263,13 +311,23 @@ class GradientGate:
         Args:
             wait: wait for the last decision. Without it the answer on a GPU may be a step late.
         """
-        if self._state.is_cuda:
-            if self._uses > 0 and (wait or self._copied.query()):
-                if wait:
-                    self._copied.synchronize()
-                self._seen_shut = bool(self._pinned.numpy() != 0)
-            return self._seen_shut
-        return self._uses > 0 and bool(self._state.numpy()[Slot.LATCH] != 0)
+        if self._uses > 0 and (seen := self._header(wait)) is not None:
+            self._seen_shut = bool(seen[Slot.LATCH])
+        return self._seen_shut
+
+    def applied_updates(self, wait: bool = False) -> int:
+        """Updates applied over the gate's life, as far as the host knows (as in `is_shut`)."""
+        if (seen := self._header(wait)) is not None:
+            self._seen_applied = int(seen[Slot.APPLIED])
+        return self._seen_applied
+
+    def _header(self, wait: bool) -> np.ndarray | None:
+        """The state's header as the host knows it; None while a copy is on its way."""
+        if not self._state.is_cuda:
+            return self._state.numpy()
+        if wait:
+            self._copied.synchronize()
+        return self._pinned.numpy() if self._copied.query() else None
 
     def metrics(self) -> dict[str, Tensor]:
         """The last decision as 0-dim float64 tensors on the device; reading them may wait.
@@ -325,8 +383,9 @@ class GradientGate:
         self.found_inf.fill_(float(restored[Slot.LATCH]))
         self._uses = int(restored[Slot.POSITION]) if restored[Slot.BATCHES] else -1
         self._seen_shut = bool(restored[Slot.LATCH])
+        self._seen_applied = int(restored[Slot.APPLIED])
         if self._state.is_cuda:
-            self._pinned.copy_(self.found_inf)
+            self._pinned.copy_(self._state[: Slot.HEADER_SIZE])
             self._copied.record()
         self._forget_backward()
         self._awaits_step = False
@@ -341,13 +400,24 @@ class GradientGate:
                 f"{self._state.device}, got {tuple(weight.shape)} on {weight.device}"
             )
 
-    def record(self) -> None:
-        """Take note that a backward of `linear_logprob` is writing `row_sq`."""
+    def record(self, d_weight: Tensor) -> None:
+        """Take note that a backward of `linear_logprob` is writing `row_sq`.
+
+        Args:
+            d_weight: the gradient that `row_sq` belongs to; empty for a frozen weight, unless the
+                gate accumulates.
+        """
         if self._awaits_step:
             raise RuntimeError("gate: a backward ran between decide() and optimizer.step()")
         self._backwards += 1
         # Held from an earlier micro-batch, .grad is added to: row_sq is then not its norm.
         self._grad_was_empty = self.weight.grad is None
+        if self.config.accumulate:
+            if self._head_grad is None:
+                self._head_grad = torch.zeros(
+                    d_weight.shape, dtype=torch.float32, device=d_weight.device
+                )
+            self._head_grad += d_weight
 
     def total_grad_norm(self) -> Tensor:
         """Norm of all gradients of the attached optimizers, 0-dim fp32, on the device."""
@@ -358,25 +428,43 @@ class GradientGate:
             for p in group["params"]
             if p.grad is not None
         ]
-        return torch.nn.utils.get_total_norm(grads).to(self._state.device, torch.float32)
+        norm = _full(torch.nn.utils.get_total_norm(grads))
+        return norm.to(self._state.device, torch.float32)
 
     def _own_signal(self) -> tuple[Tensor, bool]:
+        """The energy's partial squares and True, or the energy itself and False."""
         if self._backwards == 0:
             raise RuntimeError(
                 "decide: no backward through linear_logprob(..., gate=gate) since the last decision"
             )
-        one_pass = self._backwards == 1 and self._grad_was_empty
-        if self.config.energy == "head" and (one_pass or not self.weight.requires_grad):
-            if self._backwards > 1:
-                raise RuntimeError(
-                    f"decide: {self._backwards} backward passes through a frozen weight, whose "
-                    "gradients were not kept to be added up; pass energy= to decide()"
-                )
-            return self.row_sq, True
-        if self.weight.grad is None:
+        head, frozen = self.config.energy == "head", not self.weight.requires_grad
+        if head and self._head_grad is not None:
+            gradient, scaled = self._head_grad, True
+        elif head and self._backwards == 1 and (self._grad_was_empty or frozen) and _alone():
+            return self.row_sq / self._loss_scale().square(), True
+        elif frozen:
+            raise RuntimeError(
+                f"decide: the weight is frozen and {self._backwards} backward passes (on "
+                f"{_world()} ranks) make this update: GateConfig(accumulate=True) adds them up"
+            )
+        elif self.weight.grad is None:
             raise RuntimeError("decide: the gate's weight has no gradient")
-        norm = torch.linalg.vector_norm(self.weight.grad, dtype=torch.float32)
-        return norm.reshape(1), False
+        else:
+            gradient, scaled = self.weight.grad, False
+        if scaled and not _alone():
+            torch.distributed.all_reduce(gradient)
+            gradient /= _world()  # DDP and FSDP average, too
+        norm = _full(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+        if scaled:
+            norm = norm / self._loss_scale()
+        return _same_on_all_ranks(norm).reshape(1), False
+
+    def _loss_scale(self) -> Tensor:
+        """What the kernel's gradient is still multiplied by: it was written before unscale_()."""
+        if self._scaler is None or not self._scaler.is_enabled():
+            return self._one
+        scale = self._scaler._get_scale_async()  # get_scale() would wait for the device
+        return self._one if scale is None else scale
 
     def _checked(self, energy: Tensor) -> Tensor:
         ok = isinstance(energy, Tensor) and energy.numel() == 1 and energy.is_floating_point()
@@ -384,10 +472,12 @@ class GradientGate:
             raise ValueError(
                 f"energy: expected one floating value on {self._state.device}, got {energy!r}"
             )
-        return energy.detach().to(torch.float64).reshape(1)
+        return _same_on_all_ranks(energy.detach().to(torch.float64).reshape(1))
 
     def _stepped(self) -> None:
         self._awaits_step = False
 
     def _forget_backward(self) -> None:
         self._backwards, self._grad_was_empty = 0, False
+        if self._head_grad is not None:
+            self._head_grad.zero_()

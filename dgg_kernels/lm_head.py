@@ -74,6 +74,7 @@ def _linear_logprob(
     seed: Tensor | None,
     gate_row_sq: Tensor | None,
     gate_id: int,
+    gate_accumulates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return torch.ops.dgg.lm_head_forward(
         hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed
@@ -88,27 +89,29 @@ def _(hidden, weight, bias, target, temperature, softcap, grad_eps, lse_ref, see
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, bias, target, temperature, softcap, grad_eps, _, seed, row_sq, gate_id = inputs
+    hidden, weight, bias, target, temperature, softcap, grad_eps, _, seed, row_sq, *gate = inputs
     _, entropy, lse, sum_p2, active = output
     ctx.save_for_backward(hidden, weight, bias, target, lse, entropy, active, seed, row_sq)
     ctx.scalars = (temperature, softcap, grad_eps)
-    ctx.gate_id = gate_id
+    ctx.gate = tuple(gate)
     ctx.mark_non_differentiable(lse, sum_p2, active)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple:
     hidden, weight, bias, target, lse, entropy, active, seed, gate_row_sq = ctx.saved_tensors
-    need = ctx.needs_input_grad[:3]
+    gate_id, gate_accumulates = ctx.gate
     gated = gate_row_sq is not None
+    wanted = ctx.needs_input_grad[:3]
+    need = (wanted[0], wanted[1] or gate_accumulates, wanted[2])
     d_hidden, d_weight, d_bias, row_sq = torch.ops.dgg.lm_head_backward(
         torch.zeros_like(lse) if grad_logp is None else grad_logp, grad_entropy,
         hidden, weight, target, bias, lse, entropy, active, seed, *ctx.scalars, *need, gated,
     )  # fmt: skip
     if gated:
-        torch.ops.dgg.gate_record(gate_row_sq, row_sq, ctx.gate_id)
-    d_inputs = zip((d_hidden, d_weight, d_bias), need, strict=True)
-    return (*(d if needed else None for d, needed in d_inputs), *[None] * 8)
+        torch.ops.dgg.gate_record(gate_row_sq, row_sq, d_weight, gate_id)
+    d_inputs = zip((d_hidden, d_weight, d_bias), wanted, strict=True)
+    return (*(d if needed else None for d, needed in d_inputs), *[None] * 9)
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
@@ -188,6 +191,7 @@ def linear_logprob(
         seed,
         None if gate is None else gate.row_sq,
         -1 if gate is None else gate.id,
+        gate is not None and gate.config.accumulate,
     )
     if target.device.type != "cpu":
         logp = logp * torch.where(outside, torch.nan, 1.0)  # NaN, forward and backward

@@ -3,59 +3,152 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 _CAN_SKIP = (Adam, AdamW, SGD, Adagrad)
 _REMEDY = (
     "use torch.optim.Adam, AdamW, SGD or Adagrad with fused=True, whose kernels read the flag on "
-    "the device"
+    "the device, or attach(..., host_gate=True), which waits for the device once per update"
 )
 
 
-@dataclass
 class AttachedOptimizer:
     """An optimizer that reads the gate's flag, and how to let it go."""
 
-    optimizer: Optimizer
-    hook: torch.utils.hooks.RemovableHandle
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._undo: list[Callable[[], None]] = []
+
+    def on_release(self, undo: Callable[[], None]) -> None:
+        """Remember what `release` has to do."""
+        self._undo.append(undo)
 
     def release(self) -> None:
-        """Take the flag, the clip scale and the hook away again."""
-        self.hook.remove()
-        for name in ("found_inf", "grad_scale"):
-            if hasattr(self.optimizer, name):
-                delattr(self.optimizer, name)
+        """Take flag, clip scale and hooks away again."""
+        while self._undo:
+            self._undo.pop()()
 
 
 def attach_optimizer(
-    optimizer: Optimizer, found_inf: Tensor, grad_scale: Tensor | None, stepped: Callable[[], None]
+    optimizer: Optimizer,
+    found_inf: Tensor,
+    grad_scale: Tensor | None,
+    stepped: Callable[[], None],
+    shut_on_host: Callable[[], bool] | None = None,
 ) -> AttachedOptimizer:
     """Make `optimizer.step()` read `found_inf` (skip) and `grad_scale` (divide the gradient by it).
 
     Both are 0-dim fp32 tensors on the parameters' device, read by torch's fused kernels: at
     found_inf == 1.0 parameters, moments and step counters keep their bits. Zeroing gradients would
     not do: AdamW then still moves the weights by momentum and decay.
+
+    With `shut_on_host` the optimizer's step is not called when that says so, whatever it is.
     """
     optimizer = _inner(optimizer)
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    if getattr(optimizer, "_dgg_attached", False):
+        raise ValueError(f"optimizer: {name} is attached to a gate already: detach that one first")
+    attached = AttachedOptimizer(optimizer)
+    if shut_on_host is not None:
+        _skip_on_host(attached, grad_scale, stepped, shut_on_host)
+    else:
+        _check_can_skip(optimizer, name)
+        _skip_on_device(attached, found_inf, grad_scale, stepped)
+    optimizer._dgg_attached = True  # pyright: ignore[reportAttributeAccessIssue]
+    attached.on_release(lambda: delattr(optimizer, "_dgg_attached"))
+    return attached
+
+
+def _check_can_skip(optimizer: Optimizer, name: str) -> None:
     if not isinstance(optimizer, _CAN_SKIP):
         raise TypeError(f"optimizer: {name} cannot skip a step on the device; {_REMEDY}")
     if not all(group.get("fused") for group in optimizer.param_groups):
         raise TypeError(f"optimizer: {name} was built without fused=True; {_REMEDY}")
-    if getattr(optimizer, "found_inf", None) is not None:
-        raise ValueError(f"optimizer: {name} already has a found_inf: detach its other gate first")
     for group in optimizer.param_groups:
         if isinstance(optimizer, SGD) and group["momentum"]:
             _create_momentum(optimizer, group)
-    optimizer.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue]
-    if grad_scale is not None:
-        optimizer.grad_scale = grad_scale  # pyright: ignore[reportAttributeAccessIssue]
-    hook = optimizer.register_step_post_hook(lambda *_: stepped())
-    return AttachedOptimizer(optimizer, hook)
+
+
+def _skip_on_device(
+    attached: AttachedOptimizer,
+    found_inf: Tensor,
+    grad_scale: Tensor | None,
+    stepped: Callable[[], None],
+) -> None:
+    def before(optimizer: Any, *_: Any) -> None:
+        # Set at every step: a GradScaler puts its own here and deletes both afterwards.
+        theirs = getattr(optimizer, "found_inf", None)
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None and scale is not grad_scale:
+            raise RuntimeError(
+                "optimizer: the gradient is still multiplied by the loss scale: call "
+                "scaler.unscale_(optimizer) before gate.decide()"
+            )
+        optimizer.found_inf = found_inf
+        if theirs is not None and theirs is not found_inf:
+            optimizer.found_inf = torch.maximum(found_inf, (theirs.to(found_inf) != 0).float())
+        optimizer.grad_scale = grad_scale
+
+    def release() -> None:
+        for name in ("found_inf", "grad_scale"):
+            if hasattr(attached.optimizer, name):
+                delattr(attached.optimizer, name)
+
+    attached.on_release(release)
+    for hook in (
+        attached.optimizer.register_step_pre_hook(before),
+        attached.optimizer.register_step_post_hook(lambda *_: stepped()),
+    ):
+        attached.on_release(hook.remove)
+
+
+def _skip_on_host(
+    attached: AttachedOptimizer,
+    grad_scale: Tensor | None,
+    stepped: Callable[[], None],
+    shut: Callable[[], bool],
+) -> None:
+    optimizer = attached.optimizer
+    step = optimizer.step
+
+    def gated_step(*args: Any, **kwargs: Any) -> Any:
+        stepped()
+        if shut():
+            return None
+        if grad_scale is not None:
+            groups = optimizer.param_groups
+            grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+            torch._foreach_div_(grads, grad_scale)  # pyright: ignore[reportPrivateImportUsage]
+        return step(*args, **kwargs)
+
+    optimizer.step = gated_step  # type: ignore[method-assign]
+    attached.on_release(lambda: delattr(optimizer, "step"))
+
+
+class GatedScheduler:
+    """Steps a learning-rate schedule once per applied update, instead of once per attempt.
+
+    Call `step()` after `optimizer.step()`, as the scheduler's own. The number of applied updates is
+    what the host knows of it (`GradientGate.applied_updates`): on a GPU the schedule may follow a
+    step late, but it never counts a skipped update.
+    """
+
+    def __init__(self, scheduler: LRScheduler, applied_updates: Callable[[], int]) -> None:
+        self.scheduler = scheduler
+        self._applied_updates = applied_updates
+        self._counted = applied_updates()
+
+    def step(self) -> None:
+        """Advance the schedule by the updates that were applied since the last call."""
+        applied = self._applied_updates()
+        for _ in range(applied - self._counted):
+            self.scheduler.step()
+        self._counted = applied
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:

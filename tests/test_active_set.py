@@ -151,9 +151,9 @@ def test_opcheck(op, exact):
         args += (True,) * 4
     elif op == "linear_logprob":
         leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
-        args = (*leaves, target, *scalars, None, seed, None, -1)
+        args = (*leaves, target, *scalars, None, seed, None, -1, False)
         if not exact:  # the gradient is random only through its seed, which the test fixes
-            args = (*leaves, target, *scalars, torch.zeros(5), seed, None, -1)
+            args = (*leaves, target, *scalars, torch.zeros(5), seed, None, -1, False)
     torch.library.opcheck(getattr(torch.ops.dgg, op).default, args)
 
 

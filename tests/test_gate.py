@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgg_kernels import GateConfig, GradientGate, linear_logprob, replay
+from dgg_kernels import GateConfig, GatedScheduler, GradientGate, linear_logprob, replay
 
 
 class Model:
@@ -448,3 +448,161 @@ def test_nothing_reaches_the_host_between_new_batch_and_step(monkeypatch):
             optimizer.step()
             gate.is_shut(wait=False)
     gate.metrics()
+
+
+def test_grad_scaler_and_gate_skip_independently_and_only_inf_lowers_the_scale():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 33, bias=False)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    gate = GradientGate(GateConfig(threshold=math.inf), head.weight)
+    gate.attach(optimizer, max_grad_norm=0.01, scaler=scaler)
+    x, y = torch.randn(16, 8), torch.randint(33, (16,))
+    seen = []
+    for shut, overflow in [(False, False), (True, False), (False, True), (False, False)]:
+        before = head.weight.detach().clone()
+        gate.new_batch()
+        optimizer.zero_grad(set_to_none=True)
+        loss = -linear_logprob(x, head.weight, y, gate=gate).logp.mean()
+        scaler.scale(loss).backward()
+        if overflow:
+            head.weight.grad[0, 0] = math.inf
+        scaler.unscale_(optimizer)
+        gate.decide(energy=torch.tensor(math.nan) if shut else None)
+        if not (shut or overflow):
+            exact = torch.linalg.vector_norm(head.weight.grad.double())
+            torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+        scaler.step(optimizer)
+        scaler.update()
+        seen.append((torch.equal(before, head.weight), scaler.get_scale()))
+    assert seen == [(False, 1024.0), (True, 1024.0), (True, 512.0), (False, 512.0)]
+
+
+def test_a_scaled_gradient_is_refused():
+    head = torch.nn.Linear(8, 33, bias=False)
+    optimizer = torch.optim.AdamW(head.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    gate = GradientGate(GateConfig(), head.weight)
+    gate.attach(optimizer, scaler=scaler)
+    gate.new_batch()
+    out = linear_logprob(torch.randn(4, 8), head.weight, torch.zeros(4).long(), gate=gate)
+    scaler.scale(-out.logp.mean()).backward()
+    gate.decide()
+    with pytest.raises(RuntimeError, match=r"call scaler.unscale_\(optimizer\) before"):
+        scaler.step(optimizer)
+
+
+def test_host_gate_takes_any_optimizer_and_detach_gives_it_back():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(5, 3))
+    twin = torch.nn.Parameter(weight.detach().clone())
+    optimizer, plain = (torch.optim.RMSprop([p], lr=0.1) for p in (weight, twin))
+    gate = GradientGate(GateConfig(threshold=math.inf), weight)
+    gate.attach(optimizer, max_grad_norm=1.0, host_gate=True)
+    for shut in (True, False, True, False):
+        grad = torch.randn(5, 3)
+        weight.grad, twin.grad = grad.clone(), grad.clone()
+        gate.new_batch()
+        gate.decide(energy=torch.tensor(math.nan if shut else 1.0))
+        optimizer.step()
+        if not shut:
+            torch.nn.utils.clip_grad_norm_([twin], 1.0)
+            plain.step()
+    torch.testing.assert_close(weight, twin)
+    gate.detach()
+    before = weight.detach().clone()
+    gate.new_batch()
+    gate.decide(energy=torch.tensor(math.nan))
+    optimizer.step()
+    assert not torch.equal(before, weight)
+
+
+def test_several_optimizers_and_groups_share_one_norm_and_one_flag():
+    torch.manual_seed(0)
+    a, b, c = (torch.nn.Parameter(torch.randn(4, 3)) for _ in range(3))
+    first = torch.optim.AdamW([{"params": [a]}, {"params": [b], "lr": 0.5}], fused=True)
+    second = torch.optim.SGD([c], lr=0.1, momentum=0.9, fused=True)
+    gate = GradientGate(GateConfig(threshold=math.inf), a)
+    gate.attach(first, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="max_grad_norm: expected 1.0, as at the first"):
+        gate.attach(second, max_grad_norm=2.0)
+    gate.attach(second, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="attached to a gate already"):
+        gate.attach(second, max_grad_norm=1.0)
+    for p in (a, b, c):
+        p.grad = torch.randn(4, 3)
+    grads = torch.cat([p.grad.flatten() for p in (a, b, c)])
+    before = [p.detach().clone() for p in (a, b, c)]
+    gate.new_batch()
+    gate.decide(energy=torch.tensor(math.nan))
+    first.step(), second.step()
+    assert all(torch.equal(p, q) for p, q in zip((a, b, c), before, strict=True))
+    torch.testing.assert_close(gate.metrics()["grad_norm"].float(), grads.norm())
+
+
+def test_accelerate_wrapper_is_looked_through():
+    accelerate = pytest.importorskip("accelerate")
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    inner = torch.optim.AdamW([weight], fused=True)
+    wrapped = accelerate.Accelerator(cpu=True).prepare(inner)
+    gate = GradientGate(GateConfig(), weight)
+    gate.attach(wrapped)
+    weight.grad = torch.randn(4, 3)
+    before = weight.detach().clone()
+    gate.new_batch()
+    gate.decide(energy=torch.tensor(math.nan))
+    wrapped.step()
+    assert torch.equal(before, weight)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_accumulated_head_energy_of_a_tied_or_frozen_weight(frozen):
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(30, 8)
+    ids = torch.randint(30, (3, 10))
+    w = embedding.weight.detach().clone().requires_grad_()
+    for row in ids:  # the head alone, by plain autograd
+        hidden = embedding(row).tanh().detach()
+        linear_logprob(hidden, w, row, grad_eps=0.0).logp.mean().neg().backward()
+    gate = GradientGate(GateConfig(accumulate=True), embedding.weight)
+    embedding.weight.requires_grad_(not frozen)
+    for _ in range(2):  # the sum starts anew after every decision
+        embedding.weight.grad = None
+        gate.new_batch()
+        for row in ids:
+            hidden = embedding(row).tanh().detach().requires_grad_()
+            out = linear_logprob(hidden, embedding.weight, row, gate=gate, grad_eps=0.0)
+            out.logp.mean().neg().backward()
+        gate.decide()
+        exact = torch.linalg.vector_norm(w.grad.double())
+        torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+
+
+def test_a_frozen_weight_over_several_passes_asks_for_accumulate():
+    weight = torch.randn(30, 8)
+    gate = GradientGate(GateConfig(), weight)
+    gate.new_batch()
+    for _ in range(2):
+        hidden = torch.randn(4, 8, requires_grad=True)
+        out = linear_logprob(hidden, weight, torch.zeros(4).long(), gate=gate)
+        out.logp.sum().backward()
+    with pytest.raises(RuntimeError, match=r"frozen and 2 backward passes.*accumulate=True"):
+        gate.decide()
+
+
+def test_the_schedule_counts_applied_updates():
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    optimizer = torch.optim.AdamW([weight], lr=1.0, fused=True)
+    gate = GradientGate(GateConfig(threshold=math.inf), weight)
+    gate.attach(optimizer)
+    inner = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    schedule = GatedScheduler(inner, gate.applied_updates)
+    rates = []
+    for shut in (False, True, True, False):
+        weight.grad = torch.randn(4, 3)
+        gate.new_batch()
+        gate.decide(energy=torch.tensor(math.nan if shut else 1.0))
+        optimizer.step()
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [0.5, 0.5, 0.5, 0.25]

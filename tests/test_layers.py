@@ -25,7 +25,7 @@ ARROWS = {
     "gate": {"_host", "optim"},
     "info": {"__init__", "_host", "_library", "lm_head"},
     "replay": {"__init__", "gate"},
-    "__init__": {"_library", "cross_entropy", "gate", "lm_head"},
+    "__init__": {"_library", "cross_entropy", "gate", "lm_head", "optim"},
 }
 
 

@@ -1,0 +1,120 @@
+"""`python -m dgg_kernels.replay LOG.jsonl`: where a gate would have shut, to choose tau offline.
+
+The log holds one JSON object per update attempt with `gate/energy` (null for NaN) and `gate/reuse`
+(1 begins a rollout batch), as the trainer writes it; other lines are passed over. A log of fixed
+re-use shows every threshold whole; in a gated one a batch ends where that run's own gate shut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from dgg_kernels import Decision, GateConfig, replay
+
+
+def read_energies(path: Path) -> list[list[float]]:
+    """Energies per rollout batch.
+
+    Raises:
+        ValueError: a line is not JSON, or no line holds an energy; names file and line.
+    """
+    batches: list[list[float]] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict) or "gate/energy" not in row:
+                    continue
+                energy = row["gate/energy"]
+                energy = float("nan" if energy is None else energy)
+                first = int(row["gate/reuse"]) == 1
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: expected a JSON row, got {error!r}") from None
+            if first or not batches:
+                batches.append([])
+            batches[-1].append(energy)
+    if not batches:
+        raise ValueError(f"{path}: expected rows with gate/energy and gate/reuse, got none")
+    return batches
+
+
+def row_of(decisions: list[list[Decision]]) -> dict[str, float]:
+    """Counts over a replayed log; what follows a shut decision in its batch was never reached."""
+    reached = [batch[: [*(d.shut for d in batch), True].index(True) + 1] for batch in decisions]
+    applied = sum(not d.shut for batch in reached for d in batch)
+    shut = sum(d.shut for batch in reached for d in batch)
+    return {
+        "attempted": sum(map(len, reached)),
+        "applied": applied,
+        "shut": shut,
+        "uses per batch": applied / len(decisions),
+        "batches shut": shut / len(decisions),
+    }
+
+
+def plot(results: dict[float, list[list[Decision]]], path: Path) -> None:
+    """Energy of every recorded update, and per threshold a mark where the gate would shut."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 2.6 + 1.2 * len(results)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(results), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, (threshold, batches) in zip(panels, results.items(), strict=True):
+        flat = [d for batch in batches for d in batch]
+        ax.plot([d.energy for d in flat], color="#0072B2", linewidth=0.8)
+        position, marks = 0, []
+        for batch in batches:
+            hit = [*(d.shut for d in batch), True].index(True)
+            if hit < len(batch):
+                marks.append(position + hit)
+            position += len(batch)
+        energies = [flat[m].energy for m in marks]
+        ax.plot(marks, energies, "x", color="#D55E00", markersize=5)
+        ax.set_ylabel(f"energy, τ = {threshold:g}")
+        ax.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("recorded update (×: the gate would shut here)")
+    figure.savefig(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Replay, print a table, draw a plot; 2 where the log cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dgg_kernels.replay", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("log", type=Path)
+    parser.add_argument("--threshold", type=float, nargs="+", default=[0.1, 0.5, 1.0])
+    parser.add_argument("--window", type=int, default=GateConfig.window)
+    parser.add_argument("--max-reuse", type=int, help="default: the longest batch of the log")
+    parser.add_argument("--statistic", default=GateConfig.statistic)
+    parser.add_argument("--average", default=GateConfig.average)
+    parser.add_argument("--include-shut", action="store_true")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="needs matplotlib")
+    args = parser.parse_args(argv)
+    try:
+        energies = read_energies(args.log)
+        config = GateConfig(
+            window=args.window, statistic=args.statistic, average=args.average,
+            max_reuse=args.max_reuse or max(map(len, energies)), include_shut=args.include_shut,
+        )  # fmt: skip
+        results = {t: replay(energies, replace(config, threshold=t)) for t in args.threshold}
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.log}: {len(energies)} rollout batches, {sum(map(len, energies))} updates")
+    rows = {threshold: row_of(decisions) for threshold, decisions in results.items()}
+    names = list(next(iter(rows.values())))
+    print("      τ" + "".join(f"{name:>16}" for name in names))
+    for threshold, row in rows.items():
+        print(f"{threshold:7g}" + "".join(f"{row[name]:16.4g}" for name in names))
+    if args.plot:
+        plot(results, args.plot)
+        print(f"written: {args.plot}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
