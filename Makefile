@@ -26,6 +26,7 @@ test: install  ## lint, types, all tests of the CPU path, interpreter and compil
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 	$(RUN) -m pytest
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_triton_kernels.py -W ignore::RuntimeWarning
 
 lint: install  ## ruff and pyright
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright

@@ -1,8 +1,8 @@
 """Fused lm_head log-probs, the norm of their gradient taken as it is written, and its gate.
 
 Public names: `linear_logprob`, `linear_cross_entropy`, `GradientGate`, `GateConfig`,
-`GatedScheduler`, `replay`; `dgg_kernels.monitor` for weight divergence and the chi-square bound; `python -m dgg_kernels.info`
-tells what was built.
+`GatedScheduler`, `replay`; `dgg_kernels.monitor` for weight divergence and the chi-square bound;
+`python -m dgg_kernels.info` tells what was built.
 """
 
 from importlib.metadata import version

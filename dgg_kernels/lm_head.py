@@ -6,6 +6,8 @@ autograd -> the public function.
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -30,14 +32,21 @@ class LogprobOutput(NamedTuple):
     sum_p2: Tensor  # sum over the vocabulary of p^2, no gradient
 
 
-# -- registration ---------------------------------------------------------------------------------
+# -- registration: C++ on the CPU (csrc/cpu), Triton on CUDA and ROCm, plain PyTorch elsewhere -----
 
-for _op, _function in (
-    ("lm_head_forward", lm_head_chunked.lm_head_forward),
-    ("lm_head_backward", lm_head_chunked.lm_head_backward),
-):
+
+def _triton(op: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        # At the first call: importing the package must not need triton.
+        return getattr(importlib.import_module(f"{__package__}.{op}"), op)(*args)
+
+    return call
+
+
+for _op in ("lm_head_forward", "lm_head_backward"):
+    torch.library.register_kernel(f"dgg::{_op}", "cuda", _triton(_op))
     for _device in ("mps", "xpu"):
-        torch.library.register_kernel(f"dgg::{_op}", _device, _function)
+        torch.library.register_kernel(f"dgg::{_op}", _device, getattr(lm_head_chunked, _op))
 
 
 @torch.library.register_fake("dgg::lm_head_forward")

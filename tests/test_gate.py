@@ -524,7 +524,7 @@ def test_several_optimizers_and_groups_share_one_norm_and_one_flag():
     second = torch.optim.SGD([c], lr=0.1, momentum=0.9, fused=True)
     gate = GradientGate(GateConfig(threshold=math.inf), a)
     gate.attach(first, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match="max_grad_norm: expected 1.0, as at the first"):
+    with pytest.raises(ValueError, match=r"max_grad_norm: expected 1\.0, as at the first"):
         gate.attach(second, max_grad_norm=2.0)
     gate.attach(second, max_grad_norm=1.0)
     with pytest.raises(ValueError, match="attached to a gate already"):

@@ -191,6 +191,10 @@ DGG_INLINE U mix(U x) {
   return (x ^ (x >> 16)) >> 8;
 }
 constexpr float UNIT = 1.0f / 16777216.0f;
+// u is a multiple of 2^-24: u < pi for this share of them, which is a little more than pi.
+DGG_INLINE float keep_probability(float pi) {
+  return std::max(std::ceil(pi * 16777216.0f), 1.0f) * UNIT;
+}
 
 DGG_CLONES float maximum_of(const float* z, int64_t n, float floor) {
   vf best = splat(floor);
@@ -562,9 +566,9 @@ void backward_sparse(const Inputs& in, const Head& head, const LogitGradient& gr
         for (int64_t k = first; k < last; ++k) {
           const int32_t v = set.column[k];
           const bool is_target = v == in.target[i];
-          const float p = std::exp(set.z[k] - gradient.lse[i]);
-          // Kept with probability p / eps below eps, hence weighted by eps / p: p becomes eps.
-          g[k] = gradient(i, set.z[k], is_target || !(p < eps) ? p : eps, is_target);
+          float p = std::exp(set.z[k] - gradient.lse[i]);
+          if (!is_target && p < eps) p /= keep_probability(p / eps);
+          g[k] = gradient(i, set.z[k], p, is_target);
           rows.push_back(w + (int64_t)v * d);
         }
       }
