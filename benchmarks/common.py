@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
 _PACKAGES = ("torch", "triton", "dgg-kernels", "trl", "liger-kernel", "cut-cross-entropy",
              "quack-kernels", "verl", "transformers", "numpy")  # fmt: skip
 
@@ -50,8 +51,8 @@ def stamp(device: torch.device, threads: int | None = None) -> dict[str, Any]:
         "threads": threads or torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _output("git", "-C", str(RESULTS), "rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_output("git", "-C", str(RESULTS), "status", "--porcelain", "-uno")),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(_output("git", "-C", str(ROOT), "status", "--porcelain", "-uno")),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

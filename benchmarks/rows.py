@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 CACHE = Path(os.environ.get("DGG_CACHE", Path.home() / ".cache" / "dgg_kernels"))
-PROMPTS, TOKENS = 48, 96  # 4,608 rows
+PROMPTS, TOKENS = 24, 96  # 2,304 rows
 
 
 class Rows(NamedTuple):
@@ -74,9 +74,9 @@ def _sample() -> dict[str, Tensor]:
 def real_rows(n: int, temperature: float = 1.0) -> Rows:
     """n rows at a temperature (folded into the hidden states), targets sampled from the policy.
 
-    Beyond the 4,608 sampled rows they repeat.
+    Beyond the 2,304 sampled rows they repeat.
     """
-    cached = CACHE / "smollm2_rows.pt"
+    cached = CACHE / f"smollm2_{PROMPTS}x{TOKENS}.pt"
     if not cached.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         partial = cached.with_suffix(".tmp")
