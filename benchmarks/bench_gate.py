@@ -1,0 +1,121 @@
+"""What the gate costs: energy, decision and skip, beside the head and beside a gate on the host.
+
+    python -m benchmarks.bench_gate --save gate_cpu
+
+One update of a language-model head on real rows (benchmarks/rows.py): forward, backward, decision,
+fused AdamW. Three loops, interleaved: without a gate; with `GradientGate`, whose energy comes from
+the backward kernel; and with the same rule written with `vector_norm(weight.grad).item()`. Shares
+are of the head's own forward and backward, which is far less than a whole update of a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from dgg_kernels import GateConfig, GradientGate, linear_logprob
+
+from . import common
+from .rows import Rows, real_rows
+
+LOOPS = ("no gate", "GradientGate", "host gate, .item()")
+
+
+def loop(kind: str, rows: Rows, device: torch.device) -> Callable[[], common.Phases]:
+    """One update per call; every loop has its own weight and optimizer."""
+    hidden = rows.hidden.clone().requires_grad_()
+    weight = torch.nn.Parameter(rows.weight.clone())
+    optimizer = torch.optim.AdamW([weight], lr=1e-6, fused=True)
+    gate = GradientGate(GateConfig(threshold=1e9), weight) if kind == "GradientGate" else None
+    if gate is not None:
+        gate.attach(optimizer)
+    window: deque[float] = deque(maxlen=32)
+    state: dict[str, Any] = {}
+
+    def forward() -> None:
+        hidden.grad = weight.grad = None
+        if gate is not None:
+            gate.new_batch()
+        state["loss"] = -linear_logprob(hidden, weight, rows.target, gate=gate).logp.mean()
+
+    def decide() -> None:
+        state["step"] = True
+        if gate is not None:
+            gate.decide()
+        elif kind.startswith("host"):
+            energy = torch.linalg.vector_norm(weight.grad).item()
+            if len(window) == window.maxlen:
+                spread = statistics.pstdev(window)
+                state["step"] = energy - statistics.mean(window) <= 1e9 * spread
+            window.append(energy)
+
+    def step() -> None:
+        if state["step"]:
+            optimizer.step()
+
+    return lambda: common.timed(
+        device, ("forward", forward), ("backward", lambda: state["loss"].backward()),
+        ("decide", decide), ("step", step),
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Measure, show, record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    rows = real_rows(args.rows)
+    rows = rows._replace(**{k: getattr(rows, k).to(device) for k in ("hidden", "weight", "target")})
+    console = Console()
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=(args.rounds + 1) * len(LOOPS))
+        runs = common.interleave(
+            {kind: loop(kind, rows, device) for kind in LOOPS}, args.rounds,
+            lambda name: progress.update(bar, advance=1, description=name),
+        )  # fmt: skip
+    record: dict[str, Any] = {
+        "benchmark": "gate",
+        "shape": {"N": args.rows, "D": rows.hidden.shape[1], "V": rows.weight.shape[0]},
+        "rounds": args.rounds,
+        "stamp": common.stamp(device, args.threads),
+        "loops": {},
+    }
+    head = [p["forward"] + p["backward"] for p in runs["no gate"]]
+    for kind, phases in runs.items():
+        more = [p["backward"] - q["backward"] for p, q in zip(phases, runs["no gate"], strict=True)]
+        shares = [(m + p["decide"]) / h for m, p, h in zip(more, phases, head, strict=True)]
+        record["loops"][kind] = {
+            **{f"{name}_s": common.summary([p[name] for p in phases]) for name in phases[0]},
+            "decide_share_of_head": common.summary(
+                [p["decide"] / h for p, h in zip(phases, head, strict=True)]
+            ),
+            "decide_and_backward_difference_share_of_head": common.summary(shares),
+        }
+        result = record["loops"][kind]
+        console.print(
+            f"{kind:<20} backward {result['backward_s']['median'] * 1e3:8.2f} ms   "
+            f"decide {result['decide_s']['median'] * 1e3:7.3f} ms = "
+            f"{result['decide_share_of_head']['median']:.3%} of the head   "
+            f"step {result['step_s']['median'] * 1e3:7.2f} ms"
+        )
+    if args.save:
+        console.print(f"written: {common.save(args.save, record)}")
+
+
+if __name__ == "__main__":
+    main()
