@@ -5,8 +5,9 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 # Two workers of one thread each: threads of torch would get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
-# Sources whose change needs a new build; Python is installed editable.
-BUILD  := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
+CSRC   := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+# What needs a new build when it changes; Python is installed editable.
+BUILD  := setup.py pyproject.toml constraints.txt $(CSRC)
 
 .PHONY: help install demo test lint format clean
 help:  ## this list
@@ -26,18 +27,18 @@ $(STAMP): $(BUILD)
 demo: install  ## train every arm on the CPU; table, plots and report in runs/demo
 	$(RUN) -m python_trainer compare --out runs/demo
 
-test: install  ## lint, types, all tests of the CPU path, interpreter and compile-only tests
-	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
-	$(RUN) -m pyright
+test: lint  ## lint, types, all tests of the CPU path, interpreter and compile-only tests
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_kernels.py -W ignore::RuntimeWarning
 
-lint: install  ## ruff and pyright
-	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright
+lint: install  ## ruff, clang-format and pyright
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(RUN) -m pyright
 
 format: install  ## ruff and clang-format, in place
 	$(RUN) -m ruff check --fix . ; $(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cpp csrc/*/*
+	$(VENV)/bin/clang-format -i $(CSRC)
 
 clean:  ## what a build made (keeps .venv and runs)
 	rm -rf build dist *.egg-info dgg_kernels/*.so

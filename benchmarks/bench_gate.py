@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
+import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dgg_kernels import GateConfig, GradientGate, linear_logprob
+from python_trainer.config import TrainConfig
+from python_trainer.files import MetricsLog
+from python_trainer.loop import ArmResult, prepare, train
+from python_trainer.tasks import make_task
 
 from . import common
 from .rows import Rows, real_rows
@@ -64,6 +71,38 @@ def loop(kind: str, rows: Rows, device: torch.device) -> Callable[[], common.Pha
         device, ("forward", forward), ("backward", lambda: state["loss"].backward()),
         ("decide", decide), ("step", step),
     )  # fmt: skip
+
+
+def share_of_update(threads: int) -> dict[str, float]:
+    """Seconds in `decide()` of a whole update of the demo's small model, on the CPU.
+
+    Clipping's global norm is taken in `decide()` too; a loop without a gate would pay it elsewhere.
+    """
+    config = TrainConfig(
+        rollout_batches=20, num_iterations=4, warmup_max_steps=20, eval_every=100,
+        eval_prompts=64, threads=threads, gate_threshold=1e9,
+    )  # fmt: skip
+    seconds = []
+    original = GradientGate.decide
+
+    def timed_decide(gate: GradientGate, energy: Any = None) -> None:
+        began = time.perf_counter()
+        original(gate, energy)
+        seconds.append(time.perf_counter() - began)
+
+    result = ArmResult()
+    GradientGate.decide = timed_decide  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            log = MetricsLog(Path(folder) / "metrics.jsonl")
+            start = prepare(config, make_task(config.task, config.task_options))
+            train(config, start, log, result)
+            log.close()
+    finally:
+        GradientGate.decide = original  # type: ignore[method-assign]
+    update = result.seconds["update"] / result.updates_attempted
+    decide = statistics.median(seconds)
+    return {"update_s": update, "decide_s": decide, "share": decide / update}
 
 
 def main() -> None:
@@ -113,6 +152,10 @@ def main() -> None:
             f"{result['decide_share_of_head']['median']:.3%} of the head   "
             f"step {result['step_s']['median'] * 1e3:7.2f} ms"
         )
+    if device.type == "cpu":
+        whole = record["whole_update"] = share_of_update(args.threads)
+        times = f"{whole['update_s'] * 1e3:.1f} ms, decide {whole['decide_s'] * 1e3:.3f} ms"
+        console.print(f"whole update of the demo's model {times} = {whole['share']:.2%}")
     if args.save:
         console.print(f"written: {common.save(args.save, record)}")
 

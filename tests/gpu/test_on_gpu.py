@@ -1,0 +1,120 @@
+"""What only a GPU can show: real bf16, large shapes, no synchronisation, graph capture.
+
+python -m pytest tests/gpu
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerance import assert_as_good_as_torch, error
+
+from dgg_kernels import GateConfig, GradientGate, linear_logprob
+from dgg_kernels.reference import reference_logprob
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def inputs(n, v, d, dtype, scale=3.0):
+    torch.manual_seed(0)
+    hidden = (scale * torch.randn(n, d, device="cuda")).to(dtype)
+    weight = (torch.randn(v, d, device="cuda") / d**0.5).to(dtype)
+    target = torch.randint(v, (n,), device="cuda")
+    target[::7] = -100
+    return hidden, weight, target, torch.randn(n, device="cuda")
+
+
+def run(function, hidden, weight, target, c, **options):
+    leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight)]
+    out = function(*leaves, target, **options)
+    (out[0] * c.to(out[0]) + 0.1 * out[1]).sum().backward()
+    return {"logp": out[0], "entropy": out[1], "lse": out[2], "sum_p2": out[3],
+            "d_hidden": leaves[0].grad, "d_weight": leaves[1].grad}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "v", "d"), [(1, 2, 8), (193, 517, 70), (257, 4099, 576)])
+def test_exact_values_and_gradients(n, v, d, dtype):
+    args = inputs(n, v, d, dtype)
+    exact = run(reference_logprob, *(t.double() if t.is_floating_point() else t for t in args))
+    theirs = run(reference_logprob, *args)
+    mine = run(linear_logprob, *args, grad_eps=0.0)
+    for name, value in mine.items():
+        assert_as_good_as_torch(value, theirs[name], exact[name], name)
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_random_tail_is_unbiased_and_reproducible(with_reference):
+    args = inputs(256, 32768, 512, torch.bfloat16)
+    exact = run(linear_logprob, *args, grad_eps=0.0)
+    reference = exact["lse"].detach() + 0.1 if with_reference else None
+    options = {"grad_eps": 2**-8, "lse_ref": reference}
+    mean, single = 0.0, 0.0
+    for seed in range(64):
+        torch.manual_seed(seed)
+        drawn = run(linear_logprob, *args, **options)["d_hidden"].double()
+        mean, single = mean + drawn / 64, single + error(drawn, exact["d_hidden"]) / 64
+    assert error(mean, exact["d_hidden"]) < single / 5
+    torch.manual_seed(63)
+    assert torch.equal(run(linear_logprob, *args, **options)["d_hidden"].double(), drawn)
+
+
+def test_more_than_2_to_the_31_logits():
+    n, v = 16384, 151936
+    hidden, weight, target, c = inputs(n, v, 64, torch.bfloat16)
+    rows = torch.tensor([0, 1, n // 2, n - 2, n - 1], device="cuda")
+    out = run(linear_logprob, hidden, weight, target, c)
+    exact = reference_logprob(hidden[rows].double(), weight.double(), target[rows])
+    for got, expected in zip((out["logp"], out["entropy"], out["lse"]), exact, strict=False):
+        assert error(got[rows], expected) < 1e-3
+
+
+def loop(n=512, v=4096, d=128):
+    hidden, _, target, _ = inputs(n, v, d, torch.bfloat16)
+    head = torch.nn.Linear(d, v, bias=False, device="cuda", dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, fused=True)
+    gate = GradientGate(GateConfig(window=4), head.weight)
+    gate.attach(optimizer, max_grad_norm=1.0)
+
+    def update():
+        optimizer.zero_grad(set_to_none=True)
+        linear_logprob(hidden, head.weight, target, gate=gate).logp.mean().neg().backward()
+        gate.decide()
+        optimizer.step()
+
+    return head, optimizer, gate, update
+
+
+def test_the_loop_never_waits_for_the_device():
+    _, _, gate, update = loop()
+    gate.new_batch()
+    update()  # compiles kernels, creates optimizer state
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            gate.new_batch()
+            for _ in range(3):
+                update()
+                gate.is_shut(wait=False)
+        gate.metrics()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_energy_is_the_norm_as_stored_and_a_nan_changes_nothing():
+    head, optimizer, gate, update = loop()
+    gate.new_batch()
+    update()
+    gate.detach()
+    gate.new_batch()
+    update()
+    exact = torch.linalg.vector_norm(head.weight.grad.double())
+    torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+    gate.attach(optimizer)
+    gate.new_batch()
+    before = head.weight.detach().clone()
+    gate.decide(energy=torch.tensor(float("nan"), device="cuda"))
+    optimizer.step()
+    assert torch.equal(before, head.weight) and gate.is_shut(wait=True)
