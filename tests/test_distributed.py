@@ -15,14 +15,18 @@ import torch
 SCRIPT = Path(__file__).parent / "distributed_gate.py"
 
 
-def run(kind: str, ranks: int, folder: Path) -> list[dict]:
-    """Results of every rank."""
+def launch(ranks: int | None, script: Path, *args: str) -> None:
+    """Run a script in so many ranks, or (None) in one process without any."""
+    ranked = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *(ranked if ranks else []), str(script), *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc-per-node={ranks}"] if kind != "alone" else [sys.executable]  # fmt: skip
-    command = [*launcher, str(SCRIPT), kind, str(folder / kind)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run(kind: str, ranks: int, folder: Path) -> list[dict]:
+    """Results of every rank."""
+    launch(None if kind == "alone" else ranks, SCRIPT, kind, str(folder / kind))
     return [json.loads((folder / f"{kind}.{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -54,3 +58,9 @@ def test_all_ranks_decide_alike_and_as_one_process_would(kind, ranks, alone, tmp
     assert any(math.isnan(float.fromhex(row["energy"])) for row in log)
     mine, theirs = (torch.tensor(r["weights"]) for r in (results[0], alone))
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_vocabulary_parallel_head(ranks):
+    """Values, gradients and energy of a sharded head are those of the whole one."""
+    launch(ranks, SCRIPT.with_name("distributed_vocab.py"))

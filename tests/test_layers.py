@@ -22,6 +22,7 @@ ARROWS = {
     "lm_head_backward": {"configs", "lm_head_forward"},
     "lm_head": {"lm_head_chunked", "gate"},  # and the Triton files, at their first call
     "cross_entropy": {"lm_head"},
+    "distributed": {"lm_head"},
     "gate": {"_host", "optim"},
     "info": {"__init__", "_host", "_library", "lm_head"},
     "replay": {"__init__", "gate"},

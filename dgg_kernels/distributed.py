@@ -1,0 +1,114 @@
+"""A head whose vocabulary is sharded over ranks: every rank keeps some rows of the weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .lm_head import LogprobOutput, linear_logprob
+
+
+class _SumGradients(torch.autograd.Function):
+    """Identity; the gradients of the ranks, each from its own shard, are added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the ranks; what follows is the same on each, and so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def vocab_parallel_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    first: int,
+    *,
+    group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    grad_eps: float = 2**-12,
+) -> LogprobOutput:
+    """`linear_logprob` over a weight of which this rank holds rows [first, first + V_r).
+
+    The shards' log-sum-exps lse_r are combined: lse = log sum_r exp lse_r, and with shares
+    s_r = exp(lse_r - lse) of the probability, entropy = lse - sum_r s_r (lse_r - entropy_r).
+    Four all-reduces of [...] values forward, one of the hidden gradient backward.
+
+    Args:
+        hidden: [..., D], the same on every rank of the group.
+        weight: [V_r, D], this rank's rows.
+        target: [...], int64 indices of the whole vocabulary, or `ignore_index`, the same on all.
+        first: index in the whole vocabulary of this rank's first row.
+        group: the ranks that share the vocabulary; None: all.
+        temperature, softcap, ignore_index, grad_eps: as in `linear_logprob`.
+
+    Returns:
+        LogprobOutput of the whole vocabulary, the same on every rank. A target that no rank holds
+        gives a log-prob of -lse: it is not looked for.
+
+    Raises:
+        TypeError, ValueError: as `linear_logprob`.
+
+    Gate it with `gate.decide(energy=sharded_norm(weight.grad))`.
+    """
+    hidden = _SumGradients.apply(hidden, group)
+    kept = target != ignore_index
+    local = target - first
+    inside = kept & (local >= 0) & (local < weight.shape[0])
+    row = local.where(inside, 0)
+    options = {"temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
+    mine = linear_logprob(
+        hidden, weight, row.where(kept, ignore_index), grad_eps=grad_eps, **options
+    )
+    score = (hidden.float() * weight[row].float()).sum(-1)
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    score = score / temperature
+    lse_local = score - mine.logp  # differentiable, unlike mine.lse
+    highest = lse_local.detach().clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    share = (lse_local - highest).exp()
+    total = _Sum.apply(share, group)
+    share = share / total
+    lse = highest + total.log()
+    logp = _Sum.apply(score.where(inside, 0.0), group) - lse
+    entropy = lse - _Sum.apply(share * (lse_local - mine.entropy), group)
+    sum_p2 = _Sum.apply(share.detach().square() * mine.sum_p2, group)
+    outputs = (logp, entropy, lse.detach(), sum_p2)
+    return LogprobOutput(*(o.where(kept, 0.0) for o in outputs))
+
+
+def sharded_norm(gradient: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Norm of a gradient of which every rank of the group holds a part: 0-dim fp32, the same bits.
+
+    Args:
+        gradient: this rank's part, any shape.
+        group: the ranks; None: all.
+    """
+    squared = torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+    dist.all_reduce(squared, group=group)
+    return squared.sqrt()

@@ -1,0 +1,51 @@
+"""Run by test_distributed.py in every rank: a vocabulary-parallel head against the whole one."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from tolerance import error
+
+from dgg_kernels import GateConfig, GradientGate, linear_logprob
+from dgg_kernels.distributed import sharded_norm, vocab_parallel_logprob
+
+V, D, N = 301, 16, 40
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, D), torch.randn(V, D)
+    target = torch.randint(V, (N,))
+    target[::5] = -100
+    c, h = torch.randn(2, N)
+    shard = slice(rank * V // world, (rank + 1) * V // world)
+    for options in ({}, {"temperature": 0.7, "softcap": 5.0}):
+        whole_x, whole_w = (t.clone().requires_grad_() for t in (hidden, weight))
+        whole = linear_logprob(whole_x, whole_w, target, grad_eps=0.0, **options)
+        (c * whole.logp + h * whole.entropy).sum().backward()
+        x = hidden.clone().requires_grad_()
+        w = torch.nn.Parameter(weight[shard].clone())
+        mine = vocab_parallel_logprob(x, w, target, shard.start, grad_eps=0.0, **options)
+        (c * mine.logp + h * mine.entropy).sum().backward()
+        for name in mine._fields:
+            assert error(getattr(mine, name), getattr(whole, name)) < 1e-5, name
+        assert error(x.grad, whole_x.grad) < 1e-5
+        assert error(w.grad, whole_w.grad[shard]) < 1e-5
+        gate = GradientGate(GateConfig(), w)
+        gate.new_batch()
+        gate.decide(energy=sharded_norm(w.grad))
+        energy = gate.metrics()["gate/energy"]
+        torch.testing.assert_close(energy.float(), whole_w.grad.norm(), rtol=1e-5, atol=0)
+        everywhere = [torch.zeros_like(energy) for _ in range(world)]
+        dist.all_gather(everywhere, energy)
+        assert all(torch.equal(e, energy) for e in everywhere)
+    dist.barrier()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
