@@ -92,12 +92,12 @@ def vocab_parallel_logprob(
     highest = lse_local.detach().clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
     share = (lse_local - highest).exp()
+    # Divided only after the sums: _Sum's gradient holds for what all ranks compute alike.
     total = _Sum.apply(share, group)
-    share = share / total
     lse = highest + total.log()
     logp = _Sum.apply(score.where(inside, 0.0), group) - lse
-    entropy = lse - _Sum.apply(share * (lse_local - mine.entropy), group)
-    sum_p2 = _Sum.apply(share.detach().square() * mine.sum_p2, group)
+    entropy = lse - _Sum.apply(share * (lse_local - mine.entropy), group) / total
+    sum_p2 = _Sum.apply((share / total).detach().square() * mine.sum_p2, group)
     outputs = (logp, entropy, lse.detach(), sum_p2)
     return LogprobOutput(*(o.where(kept, 0.0) for o in outputs))
 
