@@ -34,7 +34,7 @@ test: lint  ## lint, types, all tests of the CPU path, interpreter and compile-o
 lint: install  ## ruff, clang-format and pyright
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
-	$(RUN) -m pyright
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 format: install  ## ruff and clang-format, in place
 	$(RUN) -m ruff check --fix . ; $(RUN) -m ruff format .
