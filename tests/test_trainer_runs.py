@@ -146,7 +146,11 @@ def test_ctrl_c_leaves_a_readable_directory(tmp_path):
         sys.executable, "-m", "python_trainer", "train", "--out", str(tmp_path), "--threads", "1",
         "--warmup-max-steps", "1", "--rollout-batches", "100000", "--eval-prompts", "8",
     ]  # fmt: skip
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A job started in the background ignores SIGINT, and so would its children.
+    child = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     metrics = tmp_path / "dgg" / "metrics.jsonl"
     try:
         deadline = time.monotonic() + 60

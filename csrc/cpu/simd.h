@@ -69,6 +69,15 @@ DGG_INLINE vf exp(vf x) {
   return tiny ? vf{} : y * from_bits(power);
 }
 
-DGG_INLINE vf tanh(vf x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }
+// By its series near 0, where the difference of exponentials would cancel.
+DGG_INLINE vf tanh(vf x) {
+  const vf s = x * x;
+  vf series = s * (62.0f / 2835.0f) - 17.0f / 315.0f;
+  series = series * s + 2.0f / 15.0f;
+  series = series * s - 1.0f / 3.0f;
+  series = x + x * (series * s);
+  const vi near_zero = (x < splat(0.3f)) & (x > splat(-0.3f));
+  return near_zero ? series : 1.0f - 2.0f / (exp(x + x) + 1.0f);
+}
 
 }  // namespace dgg
