@@ -83,7 +83,7 @@ def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
-        if record["benchmark"] == "lm_head":
+        if record["benchmark"] == "lm_head" and len(record["variants"]) > 3:
             head_times(record, IMAGES / f"{path.stem}.png")
             print(f"written: {IMAGES / path.stem}.png")
     if args.active_set:
