@@ -7,6 +7,7 @@ autograd -> the public function.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -38,6 +39,10 @@ class LogprobOutput(NamedTuple):
 def _triton(op: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         # At the first call: importing the package must not need triton.
+        if importlib.util.find_spec("triton") is None:
+            if torch.version.hip:
+                return getattr(lm_head_chunked, op)(*args)
+            raise ImportError("linear_logprob on a CUDA device needs triton: pip install triton")
         return getattr(importlib.import_module(f"{__package__}.{op}"), op)(*args)
 
     return call
