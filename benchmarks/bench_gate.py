@@ -118,8 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    rows = real_rows(args.rows)
-    rows = rows._replace(**{k: getattr(rows, k).to(device) for k in ("hidden", "weight", "target")})
+    rows = real_rows(args.rows).to(device)
     console = Console()
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=(args.rounds + 1) * len(LOOPS))

@@ -66,8 +66,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """One table: every chosen peer on one set of rows."""
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    rows = real_rows(args.rows, args.temperature)
-    rows = rows._replace(**{k: getattr(rows, k).to(device) for k in ("hidden", "weight", "target")})
+    rows = real_rows(args.rows, args.temperature).to(device)
     generator = torch.Generator().manual_seed(3)
     c = torch.randn(args.rows, generator=generator)
     c[torch.rand(args.rows, generator=generator) < args.zero_rows] = 0.0

