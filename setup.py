@@ -59,7 +59,16 @@ class Build(cpp_extension.BuildExtension):
         archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
         includes = [f"-I{path}" for path in cpp_extension.include_paths()]
         command = [str(NVCC), "-O3", f"-std={STD}", "--threads=2", "--expt-relaxed-constexpr"]
-        command += ["-Xcompiler=-fPIC", "-DUSE_CUDA", "-lineinfo", *DEFINES, *archs, *includes]
+        # Without fused multiply-adds the gate decides bit for bit as on a CPU.
+        command += [
+            "--fmad=false",
+            "-Xcompiler=-fPIC",
+            "-DUSE_CUDA",
+            "-lineinfo",
+            *DEFINES,
+            *archs,
+            *includes,
+        ]
         subprocess.check_call([*command, "-c", source, "-o", str(output)])
         return str(output)
 

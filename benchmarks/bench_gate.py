@@ -118,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    rows = real_rows(args.rows).to(device)
+    rows = real_rows(args.rows, device=device)
     console = Console()
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=(args.rounds + 1) * len(LOOPS))

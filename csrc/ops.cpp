@@ -18,8 +18,9 @@ STABLE_TORCH_LIBRARY(dgg, m) {
       "bool need_bias, bool need_row_sq) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("gate_new_batch(Tensor(a!) state, Tensor(b!) found_inf) -> ()");
   // signal: partial squares of the energy to be summed ([V] fp32 or fp64; squares=True), or the
-  // energy itself (squares=False). total_norm: 0-dim fp32, the global gradient norm.
+  // energy itself (squares=False). total_norm: 0-dim fp32, the global gradient norm. header: pinned
+  // host memory that a CUDA kernel writes the state's first HEADER_SIZE values to.
   m.def(
       "gate_decide(Tensor(a!) state, Tensor signal, bool squares, Tensor? total_norm, "
-      "float max_grad_norm, Tensor(b!) found_inf, Tensor(c!) grad_scale) -> ()");
+      "float max_grad_norm, Tensor(b!) found_inf, Tensor(c!) grad_scale, Tensor(d!)? header) -> ()");
 }

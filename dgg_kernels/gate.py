@@ -204,12 +204,14 @@ class GradientGate:
         self._grad_was_empty = False
         self._head_grad: Tensor | None = None  # sum of this update's head gradients, if kept
         self._scaler: torch.amp.GradScaler | None = None
-        self._uses = -1  # decisions since new_batch(), known to the host; -1 before the first
+        self._batches = 0  # calls of new_batch()
         self._awaits_step = False
         self._seen_shut, self._seen_applied = False, 0
+        self._pinned: Tensor | None = None  # the state's header, as the last decision left it
         if device.type == "cuda":
             self._pinned = torch.zeros(Slot.HEADER_SIZE, dtype=torch.float64, pin_memory=True)
-            self._copied = torch.cuda.Event()
+            # External: inside a captured graph it is recorded anew by every replay.
+            self._copied = torch.cuda.Event(external=torch.version.hip is None)
 
     # -- in the loop ------------------------------------------------------------------------------
 
@@ -268,7 +270,7 @@ class GradientGate:
     def new_batch(self) -> None:
         """Open the gate for fresh rollouts: clears use counter, references and latch."""
         torch.ops.dgg.gate_new_batch(self._state, self.found_inf)
-        self._uses = 0
+        self._batches += 1
         self._forget_backward()
         self._awaits_step = self._seen_shut = False
 
@@ -287,7 +289,7 @@ class GradientGate:
                 the last decision, or the optimizer has not stepped since then.
             ValueError: `energy` is not one floating value on the gate's device.
         """
-        if self._uses < 0:
+        if self._batches == 0:
             raise RuntimeError("decide: call new_batch() when a batch of rollouts begins")
         if self._awaits_step:
             raise RuntimeError("decide: called twice without optimizer.step() in between")
@@ -296,12 +298,11 @@ class GradientGate:
         if self.max_grad_norm is not None:
             total_norm, limit = _same_on_all_ranks(self.total_grad_norm()), self.max_grad_norm
         torch.ops.dgg.gate_decide(
-            self._state, signal, squares, total_norm, limit, self.found_inf, self.grad_scale
-        )
-        if self._state.is_cuda:
-            self._pinned.copy_(self._state[: Slot.HEADER_SIZE], non_blocking=True)
+            self._state, signal, squares, total_norm, limit, self.found_inf, self.grad_scale,
+            self._pinned,
+        )  # fmt: skip
+        if self._pinned is not None:
             self._copied.record()
-        self._uses += 1
         self._forget_backward()
         self._awaits_step = bool(self._optimizers)
 
@@ -311,7 +312,9 @@ class GradientGate:
         Args:
             wait: wait for the last decision. Without it the answer on a GPU may be a step late.
         """
-        if self._uses > 0 and (seen := self._header(wait)) is not None:
+        seen = self._header(wait)
+        # The last decision may be one of an earlier batch.
+        if seen is not None and seen[Slot.BATCHES] == self._batches:
             self._seen_shut = bool(seen[Slot.LATCH])
         return self._seen_shut
 
@@ -323,7 +326,7 @@ class GradientGate:
 
     def _header(self, wait: bool) -> np.ndarray | None:
         """The state's header as the host knows it; None while a copy is on its way."""
-        if not self._state.is_cuda:
+        if self._pinned is None:
             return self._state.numpy()
         if wait:
             self._copied.synchronize()
@@ -381,12 +384,11 @@ class GradientGate:
         _write_config(restored, self.config)
         self._state.copy_(torch.from_numpy(restored))
         self.found_inf.fill_(float(restored[Slot.LATCH]))
-        self._uses = int(restored[Slot.POSITION]) if restored[Slot.BATCHES] else -1
+        self._batches = int(restored[Slot.BATCHES])
         self._seen_shut = bool(restored[Slot.LATCH])
         self._seen_applied = int(restored[Slot.APPLIED])
-        if self._state.is_cuda:
-            self._pinned.copy_(self._state[: Slot.HEADER_SIZE])
-            self._copied.record()
+        if self._pinned is not None:
+            self._pinned.copy_(torch.from_numpy(restored[: Slot.HEADER_SIZE]))
         self._forget_backward()
         self._awaits_step = False
 

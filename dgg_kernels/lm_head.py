@@ -167,7 +167,8 @@ def linear_logprob(
         lse_ref: [...], any estimate of lse, such as that of the previous pass. Steers only which
             entries are drawn; may be left out.
         screen: low-precision screening of the logits; only None is available yet.
-        gate: the `GradientGate` that shall see the norm of this head's gradient.
+        gate: the `GradientGate` that shall see the norm of this head's gradient. While it is shut
+            every row counts as ignored: an update that will be discarded costs next to nothing.
 
     Returns:
         LogprobOutput of logp, entropy, lse, sum_p2, each [...] fp32.
@@ -180,10 +181,11 @@ def linear_logprob(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check(hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, screen)
     vocabulary, shape = weight.shape[0], target.shape
-    if gate is not None:
-        gate.check_weight(weight)
     target = target.reshape(-1)
     ignored = target == ignore_index
+    if gate is not None:
+        gate.check_weight(weight)
+        ignored = ignored | (gate.found_inf != 0)
     outside = ~ignored & ((target < 0) | (target >= vocabulary))
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_targets(target, outside, vocabulary)

@@ -1,7 +1,7 @@
-"""The Triton kernels in Triton's interpreter, against a dense fp64 reference.
+"""The Triton kernels on a GPU, or in Triton's interpreter, against a dense fp64 reference.
 
-Run in a process of its own: `TRITON_INTERPRET=1 pytest tests/test_triton_kernels.py`. The
-interpreter's time follows the number of programs and block operations: N + V, not N V D.
+Without a GPU, in a process of its own: `TRITON_INTERPRET=1 pytest tests/test_triton_kernels.py`.
+The interpreter's time follows the number of programs and block operations: N + V, not N V D.
 """
 
 import math
@@ -12,16 +12,24 @@ import torch
 from tolerance import FLOOR, assert_as_good_as_torch, error
 from triton_tools import interpreting, repair_interpreter
 
-if not interpreting():
-    pytest.skip("needs TRITON_INTERPRET=1 in the environment", allow_module_level=True)
-repair_interpreter()
+if interpreting():
+    repair_interpreter()
+elif not torch.cuda.is_available():
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in the environment", allow_module_level=True)
 
 from dgg_kernels import configs, lm_head_backward, lm_head_forward  # noqa: E402
 from dgg_kernels.configs import GatherConfig, TileConfig  # noqa: E402
 from dgg_kernels.lm_head_forward import Entries, Head, fair_share, scan_vocabulary  # noqa: E402
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DEVICE = torch.device("cpu" if interpreting() else "cuda")
 EVERY_ENTRY = 1e-30  # a grad_eps that keeps all: the sparse path without its randomness
+
+
+@pytest.fixture(autouse=True)
+def default_device():
+    with DEVICE:
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +46,12 @@ def poisoned_empty(monkeypatch):
 
 @pytest.fixture
 def use_config(monkeypatch):
-    """Replaces fields of the interpreter's configuration."""
+    """Replaces fields of this device's configuration."""
 
     def use(**fields):
-        changed = replace(configs.CONFIGS["interpreter"], **fields)
-        monkeypatch.setitem(configs.CONFIGS, "interpreter", changed)
+        name = lm_head_forward.architecture(DEVICE)
+        changed = replace(configs.config_for(name), **fields)
+        monkeypatch.setitem(configs.CONFIGS, name, changed)
 
     return use
 
@@ -64,7 +73,7 @@ class Case:
     def random(cls, N, V, D, dtype=FP32, bias=False, temperature=1.0, softcap=0.0,
                entropy=False, scale=2.0, seed=0):  # fmt: skip
         """Logits of standard deviation `scale`; every 5th row ignored, every 4th without c."""
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator(DEVICE).manual_seed(seed)
         hidden = torch.randn(N, D, generator=g)
         weight = torch.randn(V, D, generator=g) * (scale / math.sqrt(D))
         target = torch.randint(V, (N,), generator=g)

@@ -26,7 +26,7 @@ void new_batch_cpu(Tensor state, Tensor found_inf) {
 
 void decide_cpu(Tensor state, const Tensor& signal, bool squares,
                 const std::optional<Tensor>& total_norm, double max_grad_norm, Tensor found_inf,
-                Tensor grad_scale) {
+                Tensor grad_scale, const std::optional<Tensor>& header) {
   check_state(state);
   check_scalar(found_inf, "found_inf");
   check_scalar(grad_scale, "grad_scale");
@@ -36,6 +36,7 @@ void decide_cpu(Tensor state, const Tensor& signal, bool squares,
   STD_TORCH_CHECK(is_double || signal.scalar_type() == ScalarType::Float,
                   "signal: expected float32 or float64");
   double norm = NAN;
+  STD_TORCH_CHECK(!header, "header: expected None on a CPU, where the host reads the state itself");
   if (total_norm) {
     check_scalar(*total_norm, "total_norm");
     norm = (double)*static_cast<const float*>(total_norm->const_data_ptr());

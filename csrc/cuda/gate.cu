@@ -20,7 +20,7 @@ constexpr int THREADS = 1024;
 template <typename T>
 __global__ void decide_kernel(double* state, const T* signal, int64_t count, bool squares,
                               const float* total_norm, double max_grad_norm, float* found_inf,
-                              float* grad_scale) {
+                              float* grad_scale, double* header) {
   __shared__ double partial[THREADS];
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += THREADS) sum += (double)signal[i];
@@ -35,6 +35,9 @@ __global__ void decide_kernel(double* state, const T* signal, int64_t count, boo
   gate_step(state, squares ? sqrt(partial[0]) : partial[0], norm, total_norm != nullptr);
   *found_inf = (float)state[SHUT];
   *grad_scale = total_norm && state[SHUT] == 0 ? clip_divisor(norm, max_grad_norm) : 1.0f;
+  if (header == nullptr) return;
+  for (int slot = 0; slot < HEADER_SIZE; ++slot) header[slot] = state[slot];
+  __threadfence_system();
 }
 
 __global__ void new_batch_kernel(double* state, float* found_inf) {
@@ -65,20 +68,22 @@ void new_batch_cuda(Tensor state, Tensor found_inf) {
 
 void decide_cuda(Tensor state, const Tensor& signal, bool squares,
                  const std::optional<Tensor>& total_norm, double max_grad_norm, Tensor found_inf,
-                 Tensor grad_scale) {
+                 Tensor grad_scale, std::optional<Tensor> header) {
   check_state(state);
   check_scalar(found_inf, "found_inf");
   check_scalar(grad_scale, "grad_scale");
   STD_TORCH_CHECK(signal.is_contiguous() && (squares || signal.numel() == 1),
                   "signal: expected contiguous partial squares, or one value");
   if (total_norm) check_scalar(*total_norm, "total_norm");
+  if (header) check_state(*header);
   torch::stable::accelerator::DeviceGuard guard(state.get_device_index());
   auto launch = [&](auto* x) {
     decide_kernel<<<1, THREADS, 0, current_stream(state)>>>(
         static_cast<double*>(state.mutable_data_ptr()), x, signal.numel(), squares,
         total_norm ? static_cast<const float*>(total_norm->const_data_ptr()) : nullptr,
         max_grad_norm, static_cast<float*>(found_inf.mutable_data_ptr()),
-        static_cast<float*>(grad_scale.mutable_data_ptr()));
+        static_cast<float*>(grad_scale.mutable_data_ptr()),
+        header ? static_cast<double*>(header->mutable_data_ptr()) : nullptr);
   };
   if (signal.scalar_type() == ScalarType::Double) {
     launch(static_cast<const double*>(signal.const_data_ptr()));

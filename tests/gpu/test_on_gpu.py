@@ -9,7 +9,7 @@ import pytest
 import torch
 from tolerance import assert_as_good_as_torch, error
 
-from dgg_kernels import GateConfig, GradientGate, linear_logprob
+from dgg_kernels import GateConfig, GradientGate, linear_logprob, replay
 from dgg_kernels.reference import reference_logprob
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -70,20 +70,122 @@ def test_more_than_2_to_the_31_logits():
         assert error(got[rows], expected) < 1e-3
 
 
-def loop(n=512, v=4096, d=128):
+def test_the_gpu_decides_as_the_cpu_does():
+    """Bit for bit, state included, and a checkpoint may change sides."""
+    config = GateConfig(window=4, statistic="either", threshold=0.3, max_reuse=3)
+    rng = torch.Generator().manual_seed(0)
+    energies = torch.rand(40, 4, generator=rng, dtype=torch.float64)
+    energies[7, 1], energies[11, 2] = torch.nan, torch.inf
+    gates = {d: GradientGate(config, torch.zeros(8, 4, device=d)) for d in ("cpu", "cuda")}
+    for batch in energies:
+        for gate in gates.values():
+            gate.new_batch()
+        for energy in batch:
+            for device, gate in gates.items():
+                gate.decide(energy=energy.to(device))
+            assert gates["cpu"].is_shut() == gates["cuda"].is_shut(wait=True)
+        states = {d: gate.state_dict() for d, gate in gates.items()}
+        assert torch.equal(*(s["state"].view(torch.int64) for s in states.values()))
+        gates["cpu"].load_state_dict(states["cuda"])
+        gates["cuda"].load_state_dict(states["cpu"])
+    decisions = replay(energies.tolist(), config)
+    assert gates["cuda"].applied_updates(wait=True) == sum(not d.shut for b in decisions for d in b)
+
+
+def test_partial_squares_are_summed_in_a_fixed_order_in_fp64():
+    squares = torch.rand(151_937, device="cuda") ** 8
+    gate = GradientGate(GateConfig(), torch.zeros(151_937, 2, device="cuda"))
+    seen = []
+    for _ in range(3):
+        gate.new_batch()
+        torch.ops.dgg.gate_decide(
+            gate._state, squares, True, None, 1.0, gate.found_inf, gate.grad_scale, None
+        )
+        seen.append(gate.metrics()["gate/energy"].item())
+    assert len(set(seen)) == 1
+    assert abs(seen[0] / squares.double().sum().sqrt().item() - 1) < 1e-14
+
+
+def loop(n=512, v=4096, d=128, **options):
     hidden, _, target, _ = inputs(n, v, d, torch.bfloat16)
+    torch.manual_seed(1)
     head = torch.nn.Linear(d, v, bias=False, device="cuda", dtype=torch.bfloat16)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, fused=True, capturable=True)
     gate = GradientGate(GateConfig(window=4), head.weight)
     gate.attach(optimizer, max_grad_norm=1.0)
 
     def update():
         optimizer.zero_grad(set_to_none=True)
-        linear_logprob(hidden, head.weight, target, gate=gate).logp.mean().neg().backward()
+        out = linear_logprob(hidden, head.weight, target, gate=gate, **options)
+        out.logp.mean().neg().backward()
         gate.decide()
         optimizer.step()
 
+    update.hidden = hidden
     return head, optimizer, gate, update
+
+
+def state_of(head, optimizer):
+    state = [head.weight.detach().clone()]
+    return state + [t.clone() for t in optimizer.state[head.weight].values()]
+
+
+@pytest.mark.parametrize("grad_eps", [0.0, 2**-8])
+def test_the_whole_update_in_one_graph(grad_eps):
+    """Captured once, replayed with the gate open and shut; the same bits as without a graph."""
+    head, optimizer, gate, update = loop(grad_eps=grad_eps)
+    eager_head, eager_optimizer, eager_gate, eager_update = loop(grad_eps=grad_eps)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # warm-up: kernels, optimizer state
+        for each in (gate, eager_gate):
+            each.new_batch()
+        for _ in range(2):
+            update()
+            eager_update()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update()
+    good = update.hidden.clone()
+    for batch in range(6):
+        for each in (gate, eager_gate):
+            each.new_batch()
+        if batch == 0:  # the graph's stream has its own generator state: compare what is exact
+            for mine, theirs in zip(head.parameters(), eager_head.parameters(), strict=True):
+                mine.data.copy_(theirs.data)
+        for use in range(3):
+            broken = (batch, use) == (3, 1)
+            for hidden in (update.hidden, eager_update.hidden):
+                hidden.copy_(good)
+                if broken:
+                    hidden[1].fill_(torch.nan)
+            before = state_of(head, optimizer)
+            graph.replay()
+            eager_update()
+            if grad_eps == 0.0:
+                assert torch.equal(head.weight, eager_head.weight)
+            was_shut = gate.is_shut(wait=True)
+            assert was_shut == eager_gate.is_shut(wait=True) or grad_eps > 0
+            if batch == 3 and use >= 1:
+                assert was_shut
+            if was_shut:
+                now = state_of(head, optimizer)
+                assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+    assert gate.applied_updates(wait=True) > 6
+
+
+def test_a_shut_gate_leaves_nothing_to_do():
+    hidden, weight, target, c = inputs(64, 4096, 128, torch.bfloat16)
+    weight.requires_grad_()
+    gate = GradientGate(GateConfig(), weight)
+    gate.new_batch()
+    gate.decide(energy=torch.tensor(float("nan"), device="cuda"))
+    out = linear_logprob(hidden, weight, target, gate=gate)
+    (out.logp * c).sum().backward()
+    assert not out.logp.any() and not weight.grad.any()
+    gate.new_batch()
+    assert linear_logprob(hidden, weight, target, gate=gate).logp.any()
 
 
 def test_the_loop_never_waits_for_the_device():
