@@ -69,6 +69,8 @@ class Build(cpp_extension.BuildExtension):
             *archs,
             *includes,
         ]
+        if torch.version.cuda is None:
+            command.append("-DDGG_TORCH_WITHOUT_CUDA")
         subprocess.check_call([*command, "-c", source, "-o", str(output)])
         return str(output)
 

@@ -9,8 +9,11 @@
 #include "../checks.h"
 #include "../gate.h"
 
-// Absent from a CPU build of torch: the library then still loads.
+// A CPU build of torch has no such symbol. Compiled beside one, as a check, the library must still
+// load; otherwise the symbol is strong, so that the linker keeps libtorch_cuda.
+#ifdef DGG_TORCH_WITHOUT_CUDA
 #pragma weak aoti_torch_get_current_cuda_stream
+#endif
 
 namespace dgg {
 namespace {
@@ -46,6 +49,8 @@ __global__ void new_batch_kernel(double* state, float* found_inf) {
 }
 
 cudaStream_t current_stream(const Tensor& t) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "dgg_kernels was built beside a CPU build of torch: install it again");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
