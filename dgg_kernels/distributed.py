@@ -73,7 +73,8 @@ def vocab_parallel_logprob(
     Raises:
         TypeError, ValueError: as `linear_logprob`.
 
-    Gate it with `gate.decide(energy=sharded_norm(weight.grad))`.
+    Gate it with `gate.decide(energy=sharded_norm(weight.grad))`; to clip, too, pass `grad_norm` the
+    norm over all parameters, of which this one is a part.
     """
     hidden = _SumGradients.apply(hidden, group)
     kept = target != ignore_index

@@ -68,7 +68,8 @@ class GateConfig:
             value = getattr(self, name)
             ok = isinstance(value, int) and not isinstance(value, bool) and least <= value <= 2**20
             _require(ok, name, f"an integer from {least} to {2**20}", value)
-        _require(0 < self.ema_decay < 1, "ema_decay", "a number between 0 and 1", self.ema_decay)
+        _require(isinstance(self.ema_decay, float) and 0 < self.ema_decay < 1,
+                 "ema_decay", "a number between 0 and 1", self.ema_decay)  # fmt: skip
         for name in ("include_shut", "accumulate"):
             _require(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
         hints = get_type_hints(GateConfig)
@@ -143,6 +144,13 @@ def replay(energies: Sequence[Sequence[float]], config: GateConfig) -> list[list
     return decisions
 
 
+def _described(value: object) -> str:
+    """A tensor by shape, dtype and device, for an error: its values may be on a device."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{tuple(value.shape)} {value.dtype} on {value.device}"
+
+
 def _world() -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if distributed else 1
@@ -184,8 +192,9 @@ class GradientGate:
         if not isinstance(config, GateConfig):
             raise TypeError(f"config: expected a GateConfig, got {type(config).__name__}")
         if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-            got = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else weight
-            raise ValueError(f"weight: expected the lm_head's [V, D] floating tensor, got {got!r}")
+            raise ValueError(
+                f"weight: expected the lm_head's [V, D] floating tensor, got {_described(weight)}"
+            )
         self.config = config
         self.weight = weight
         device = weight.device
@@ -274,7 +283,7 @@ class GradientGate:
         self._forget_backward()
         self._awaits_step = self._seen_shut = False
 
-    def decide(self, energy: Tensor | None = None) -> None:
+    def decide(self, energy: Tensor | None = None, *, grad_norm: Tensor | None = None) -> None:
         """Score this update. Enqueued on the device: energy, z, flag and clip scale.
 
         Call it when the gradient is finished (accumulated, reduced over ranks, unscaled), before
@@ -283,23 +292,41 @@ class GradientGate:
         Args:
             energy: a 0-dim tensor to score in place of the lm_head gradient's norm, for instance
                 the global gradient norm.
+            grad_norm: a 0-dim tensor to clip by in place of the norm over the attached optimizers:
+                the global norm where ranks hold different parts as plain tensors, which the gate
+                cannot tell from copies (`distributed.sharded_norm`). The clipping to
+                `max_grad_norm` is still done by the optimizer's step.
 
         Raises:
             RuntimeError: no `new_batch()` yet, no backward through `linear_logprob(gate=...)` since
                 the last decision, or the optimizer has not stepped since then.
-            ValueError: `energy` is not one floating value on the gate's device.
+            ValueError: `energy` or `grad_norm` is not one floating value on the gate's device, or
+                `grad_norm` came without a `max_grad_norm` at `attach`.
         """
         if self._batches == 0:
             raise RuntimeError("decide: call new_batch() when a batch of rollouts begins")
         if self._awaits_step:
             raise RuntimeError("decide: called twice without optimizer.step() in between")
-        signal, squares = self._own_signal() if energy is None else (self._checked(energy), False)
-        total_norm, limit = None, 1.0
-        if self.max_grad_norm is not None:
-            total_norm, limit = _same_on_all_ranks(self.total_grad_norm()), self.max_grad_norm
+        self._check_scalar("energy", energy)
+        self._check_scalar("grad_norm", grad_norm)
+        limit = self.max_grad_norm
+        if limit is None and grad_norm is not None:
+            raise ValueError(
+                "grad_norm: expected None, as attach() was given no max_grad_norm to clip to, "
+                f"got {_described(grad_norm)}"
+            )
+        if energy is None:
+            signal, squares = self._own_signal()
+        else:
+            signal = _same_on_all_ranks(energy.detach().to(torch.float64).reshape(1))
+            squares = False
+        total_norm = None
+        if limit is not None:
+            total_norm = self.total_grad_norm() if grad_norm is None else grad_norm.detach()
+            total_norm = _same_on_all_ranks(total_norm.to(torch.float32).reshape(()))
         torch.ops.dgg.gate_decide(
-            self._state, signal, squares, total_norm, limit, self.found_inf, self.grad_scale,
-            self._pinned,
+            self._state, signal, squares, total_norm, limit or 1.0, self.found_inf,
+            self.grad_scale, self._pinned,
         )  # fmt: skip
         if self._pinned is not None:
             self._copied.record()
@@ -367,18 +394,22 @@ class GradientGate:
         Raises:
             ValueError: a field differs, or the state is not one of this gate's. Nothing changed.
         """
-        saved = state_dict["config"]
+        saved, state = state_dict.get("config"), state_dict.get("state")
+        if not isinstance(saved, dict) or not isinstance(state, Tensor):
+            got = {name: type(value).__name__ for name, value in state_dict.items()}
+            raise ValueError(
+                f"state_dict: expected {{'config': 'dict', 'state': 'Tensor'}} as saved, got {got}"
+            )
         for field in fields(GateConfig):
             mine, theirs = getattr(self.config, field.name), saved.get(field.name)
             if field.name not in ("threshold", "max_reuse") and mine != theirs:
                 raise ValueError(
                     f"GateConfig.{field.name}: expected {mine!r}, the state_dict has {theirs!r}"
                 )
-        state = state_dict["state"]
         if state.shape != self._state.shape or state.dtype != self._state.dtype:
             raise ValueError(
                 f"state: expected {tuple(self._state.shape)} {self._state.dtype}, "
-                f"got {tuple(state.shape)} {state.dtype}"
+                f"got {_described(state)}"
             )
         restored = state.cpu().numpy().copy()
         _write_config(restored, self.config)
@@ -422,7 +453,10 @@ class GradientGate:
             self._head_grad += d_weight
 
     def total_grad_norm(self) -> Tensor:
-        """Norm of all gradients of the attached optimizers, 0-dim fp32, on the device."""
+        """Norm of all gradients of the attached optimizers, 0-dim fp32, on the device.
+
+        DTensors are summed over their shards; of a plain tensor this rank's part alone counts.
+        """
         grads = [
             p.grad
             for attached in self._optimizers
@@ -468,13 +502,15 @@ class GradientGate:
         scale = self._scaler._get_scale_async()  # get_scale() would wait for the device
         return self._one if scale is None else scale
 
-    def _checked(self, energy: Tensor) -> Tensor:
-        ok = isinstance(energy, Tensor) and energy.numel() == 1 and energy.is_floating_point()
-        if not ok or energy.device != self._state.device:
+    def _check_scalar(self, name: str, value: Tensor | None) -> None:
+        if value is None:
+            return
+        ok = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+        if not ok or value.device != self._state.device:
             raise ValueError(
-                f"energy: expected one floating value on {self._state.device}, got {energy!r}"
+                f"{name}: expected one floating value on {self._state.device}, "
+                f"got {_described(value)}"
             )
-        return _same_on_all_ranks(energy.detach().to(torch.float64).reshape(1))
 
     def _stepped(self) -> None:
         self._awaits_step = False

@@ -1,4 +1,7 @@
-"""Run by test_distributed.py in every rank: one gated loop under DDP or FSDP2 (or alone)."""
+"""Run by test_distributed.py in every rank: one gated loop under DDP or FSDP2 (or alone).
+
+DDP's first rank leaves a checkpoint behind, from which another run may go on.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from dgg_kernels import GateConfig, GradientGate, linear_logprob
 
 V, D, ROWS, BATCHES, USES = 37, 8, 12, 10, 3
+SAVED = 5  # batches before the checkpoint
 
 
 class Model(nn.Module):
@@ -29,7 +33,7 @@ class Model(nn.Module):
         return linear_logprob(hidden, self.head.weight, y, gate=gate, grad_eps=0.0).logp
 
 
-def main(kind: str, out: str) -> None:
+def main(kind: str, out: str, checkpoint: str = "") -> None:
     distributed = kind != "alone"
     if distributed:
         dist.init_process_group("gloo")
@@ -43,11 +47,20 @@ def main(kind: str, out: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
     gate = GradientGate(GateConfig(threshold=0.3, window=4, max_reuse=USES), inner.head.weight)
     gate.attach(optimizer, max_grad_norm=0.2)
+    parts = {"model": inner, "optimizer": optimizer, "gate": gate}
+    if checkpoint:
+        saved = torch.load(checkpoint)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
     data = torch.Generator().manual_seed(1)
     log = []
     for batch in range(BATCHES):
         x = torch.randn(ROWS, 5, generator=data)
         y = torch.randint(V, (ROWS,), generator=data)
+        if checkpoint and batch < SAVED:
+            continue
+        if kind == "ddp" and rank == 0 and batch == SAVED:
+            torch.save({name: part.state_dict() for name, part in parts.items()}, f"{out}.pt")
         share = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
         gate.new_batch()
         for use in range(USES):
@@ -64,11 +77,12 @@ def main(kind: str, out: str) -> None:
             optimizer.step()
             metrics = gate.metrics()
             log.append({
+                "batch": batch,
                 "energy": float(metrics["gate/energy"]).hex(),
                 "norm": norm,
                 "grad_norm": float(metrics["grad_norm"]).hex(),
                 "flag": float(gate.found_inf).hex(),
-                "state": gate.state_dict()["state"].nan_to_num(-1.0).sum().item().hex(),
+                "state": gate.state_dict()["state"].nan_to_num(-1.0).numpy().tobytes().hex(),
             })  # fmt: skip
             if gate.is_shut():
                 break

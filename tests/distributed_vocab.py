@@ -35,14 +35,26 @@ def main() -> None:
             assert error(getattr(mine, name), getattr(whole, name)) < 1e-5, name
         assert error(x.grad, whole_x.grad) < 1e-5
         assert error(w.grad, whole_w.grad[shard]) < 1e-5
+        # x stands for a body that every rank has whole: its norm counts once, the shards' sum up.
+        optimizer = torch.optim.SGD([x, w], lr=1.0, fused=True)
         gate = GradientGate(GateConfig(), w)
+        gate.attach(optimizer, max_grad_norm=0.1)
         gate.new_batch()
-        gate.decide(energy=sharded_norm(w.grad))
+        head = sharded_norm(w.grad)
+        gate.decide(energy=head, grad_norm=torch.hypot(head, x.grad.norm()))
+        optimizer.step()
         energy = gate.metrics()["gate/energy"]
         torch.testing.assert_close(energy.float(), whole_w.grad.norm(), rtol=1e-5, atol=0)
         everywhere = [torch.zeros_like(energy) for _ in range(world)]
         dist.all_gather(everywhere, energy)
         assert all(torch.equal(e, energy) for e in everywhere)
+        norm = torch.nn.utils.clip_grad_norm_([whole_x, whole_w], 0.1)
+        assert norm > 0.1
+        torch.testing.assert_close(gate.metrics()["grad_norm"].float(), norm, rtol=1e-5, atol=0)
+        torch.optim.SGD([whole_x, whole_w], lr=1.0).step()
+        # What has moved, since the parameters themselves hardly differ from what they were.
+        assert error(x.detach() - hidden, whole_x.detach() - hidden) < 1e-4
+        assert error(w.detach() - weight[shard], (whole_w.detach() - weight)[shard]) < 1e-4
     dist.barrier()
     os._exit(0)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_gate import SAVED
 
 SCRIPT = Path(__file__).parent / "distributed_gate.py"
 
@@ -24,9 +25,9 @@ def launch(ranks: int | None, script: Path, *args: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def run(kind: str, ranks: int, folder: Path) -> list[dict]:
+def run(kind: str, ranks: int, folder: Path, *checkpoint: str) -> list[dict]:
     """Results of every rank."""
-    launch(None if kind == "alone" else ranks, SCRIPT, kind, str(folder / kind))
+    launch(None if kind == "alone" else ranks, SCRIPT, kind, str(folder / kind), *checkpoint)
     return [json.loads((folder / f"{kind}.{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -35,9 +36,23 @@ def alone(tmp_path_factory):
     return run("alone", 1, tmp_path_factory.mktemp("alone"))[0]
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Results of DDP on two ranks, and the checkpoint that it left behind."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    return run("ddp", 2, folder), str(folder / "ddp.pt")
+
+
+def floats(log: list[dict], name: str) -> list[float]:
+    return [float.fromhex(row[name]) for row in log]
+
+
 @pytest.mark.parametrize(("kind", "ranks"), [("ddp", 2), ("fsdp2", 2), ("ddp", 4), ("fsdp2", 4)])
-def test_all_ranks_decide_alike_and_as_one_process_would(kind, ranks, alone, tmp_path):
-    results = run(kind, ranks, tmp_path)
+def test_all_ranks_decide_alike_and_as_one_process_would(kind, ranks, alone, request, tmp_path):
+    if (kind, ranks) == ("ddp", 2):
+        results, _ = request.getfixturevalue("two_ranks")
+    else:
+        results = run(kind, ranks, tmp_path)
     for other in results[1:]:
         # Bitwise: hexadecimal floats of energy, norm, flag and the whole state. The norm that the
         # test recomputes may be NaN, which is unequal to itself.
@@ -46,8 +61,8 @@ def test_all_ranks_decide_alike_and_as_one_process_would(kind, ranks, alone, tmp
         assert other["weights"] == results[0]["weights"]
     log = results[0]["log"]
     assert len(log) == len(alone["log"])
-    flags = [float.fromhex(row["flag"]) for row in log]
-    assert flags == [float.fromhex(row["flag"]) for row in alone["log"]]
+    flags = floats(log, "flag")
+    assert flags == floats(alone["log"], "flag")
     assert 0 < sum(flags) < len(flags)
     for row, expected in zip(log, alone["log"], strict=True):
         energy = float.fromhex(row["energy"])
@@ -55,9 +70,31 @@ def test_all_ranks_decide_alike_and_as_one_process_would(kind, ranks, alone, tmp
         if math.isfinite(energy):
             assert energy == pytest.approx(row["norm"], rel=1e-6)
             assert energy == pytest.approx(float.fromhex(expected["energy"]), rel=1e-5)
-    assert any(math.isnan(float.fromhex(row["energy"])) for row in log)
+    assert any(map(math.isnan, floats(log, "energy")))
     mine, theirs = (torch.tensor(r["weights"]) for r in (results[0], alone))
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_two_four_and_one(two_ranks, tmp_path):
+    """Two ranks go on with the same bits; other numbers of ranks take the same decisions."""
+    results, checkpoint = two_ranks
+    rest = [row for row in results[0]["log"] if row["batch"] >= SAVED]
+    flags, energies = floats(rest, "flag"), floats(rest, "energy")
+    assert 0 < sum(flags) < len(flags) and any(map(math.isnan, energies))
+    for kind, ranks in (("ddp", 2), ("ddp", 4), ("alone", 1)):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        resumed = run(kind, ranks, folder, checkpoint)
+        for result in resumed:
+            if ranks == 2:
+                assert [row | {"norm": 0} for row in result["log"]] == [
+                    row | {"norm": 0} for row in rest
+                ]
+                assert result["weights"] == results[0]["weights"]
+            assert floats(result["log"], "flag") == flags
+            assert floats(result["log"], "energy") == pytest.approx(energies, rel=1e-5, nan_ok=True)
+            mine, theirs = (torch.tensor(r["weights"]) for r in (result, results[0]))
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

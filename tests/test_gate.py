@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgg_kernels import GateConfig, GatedScheduler, GradientGate, linear_logprob, replay
+from dgg_kernels.gate import Slot
 
 
 class Model:
@@ -313,6 +314,72 @@ def test_clipping_equals_clip_grad_norm():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_a_given_grad_norm_is_clipped_by_in_place_of_the_gates_own():
+    """With a part of the parameters elsewhere: as clip_grad_norm_ over all of them."""
+    torch.manual_seed(0)
+    whole = torch.nn.Parameter(torch.randn(10, 3))
+    here, there = (torch.nn.Parameter(half.detach().clone()) for half in whole.split(5))
+    optimizer = torch.optim.SGD([here], lr=1.0, fused=True)
+    gate = GradientGate(GateConfig(threshold=math.inf), here)
+    gate.attach(optimizer, max_grad_norm=0.5)
+    for scale in (0.01, 1.0, 100.0):
+        whole.grad = scale * torch.randn(10, 3)
+        here.grad, there.grad = (half.clone() for half in whole.grad.split(5))
+        norm = torch.nn.utils.get_total_norm([here.grad, there.grad])
+        gate.new_batch()
+        gate.decide(energy=torch.tensor(1.0), grad_norm=norm.double())
+        optimizer.step()
+        exact = torch.nn.utils.clip_grad_norm_([whole], 0.5)
+        torch.optim.SGD([whole], lr=1.0).step()
+        torch.testing.assert_close(here, whole[:5], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gate.metrics()["grad_norm"].float(), exact, rtol=1e-6, atol=0)
+    gate.new_batch()
+    gate.decide(energy=torch.tensor(1.0), grad_norm=torch.tensor(math.inf))
+    assert gate.is_shut()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("grad_eps", [0.0, 2**-5])
+def test_while_shut_a_gated_head_does_nothing(accumulate, grad_eps):
+    """A wasted update: zeros forward and backward, and nothing of it stays in the gate."""
+    config = {"threshold": math.inf, "statistic": "either", "include_shut": True}
+    _, head, optimizer, gate, _ = make(accumulate=accumulate, **config)
+    x, y = torch.randn(64, 8, requires_grad=True), torch.randint(33, (64,))
+
+    def update(spoil=1.0, **gated):
+        optimizer.zero_grad(set_to_none=True)
+        x.grad = None
+        torch.manual_seed(7)
+        out = linear_logprob(x, head.weight, y, grad_eps=grad_eps, **gated)
+        ((out.logp.mean() + 0.1 * out.entropy.mean()) * spoil).backward()
+        return [*out, x.grad, head.weight.grad]
+
+    def decide():
+        gate.decide()
+        optimizer.step()
+
+    gate.new_batch()
+    for spoil in (1.0, 1.0, math.nan):  # references and windows hold something
+        update(spoil, gate=gate)
+        decide()
+    assert gate.is_shut()
+    ungated = update()
+    memory = gate.state_dict()["state"][Slot.HEADER_SIZE :]
+    assert memory.count_nonzero() > 3
+    for _ in range(2):
+        assert not any(t.any() for t in update(gate=gate))
+        decide()
+        assert gate.is_shut() and gate.metrics()["gate/energy"] == 0
+    assert same_bits(memory, gate.state_dict()["state"][Slot.HEADER_SIZE :])
+    assert all(map(torch.equal, update(), ungated))
+    assert all(t.any() for t in ungated)
+    gate.new_batch()
+    assert all(map(torch.equal, update(gate=gate), ungated))
+    decide()
+    exact = torch.linalg.vector_norm(ungated[-1].double())
+    torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+
+
 def test_state_dict_resumes_with_the_same_decisions():
     rng = torch.Generator().manual_seed(1)
     log = (1 + torch.rand(60, 4, generator=rng, dtype=torch.float64)).tolist()
@@ -369,8 +436,9 @@ def test_replay_of_the_logged_energies_is_the_run():
     ("field", "value"),
     [
         ("threshold", math.nan), ("threshold", "0.5"), ("window", 1), ("window", 3.0),
-        ("max_reuse", 0), ("mini_batches", -1), ("ema_decay", 1.0), ("statistic", "jump"),
-        ("average", "mean"), ("energy", "body"), ("include_shut", 1),
+        ("window", 2**20 + 1), ("max_reuse", 0), ("max_reuse", True), ("mini_batches", -1),
+        ("ema_decay", 1.0), ("ema_decay", math.nan), ("ema_decay", "0.9"), ("statistic", "jump"),
+        ("average", "mean"), ("energy", "body"), ("include_shut", 1), ("accumulate", None),
     ],
 )  # fmt: skip
 def test_config_out_of_range_is_named(field, value):
@@ -378,32 +446,121 @@ def test_config_out_of_range_is_named(field, value):
         GateConfig(**{field: value})
 
 
-def test_misuse_is_refused_before_any_state_changes():
-    _, _, optimizer, gate, backward = make()
-    before = gate.state_dict()["state"]
-    with pytest.raises(RuntimeError, match="new_batch"):
-        gate.decide()
-    gate.new_batch()
-    started = gate.state_dict()["state"]
-    with pytest.raises(RuntimeError, match="no backward"):
-        gate.decide()
-    with pytest.raises(ValueError, match="energy: expected one floating value"):
-        gate.decide(energy=torch.ones(2))
-    assert torch.equal(started.nan_to_num(7), gate.state_dict()["state"].nan_to_num(7))
-    assert not torch.equal(before, started)
-    backward()
-    gate.decide()
-    with pytest.raises(RuntimeError, match="twice"):
-        gate.decide()
-    with pytest.raises(RuntimeError, match=r"between decide\(\) and optimizer.step\(\)"):
+def same_bits(a, b):
+    """Also where both are NaN."""
+    return a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
+
+
+def head_with(v, d):
+    """A pass through the gated head with a weight [v, d]."""
+
+    def call(gate, backward):
+        hidden, weight = (torch.randn(n, d, requires_grad=True) for n in (2, v))
+        out = linear_logprob(hidden, weight, torch.zeros(2).long(), gate=gate)
+        out.logp.sum().backward()
+
+    return call
+
+
+def decide_with(**given):
+    return lambda gate, backward: gate.decide(**given)
+
+
+def load(**changed):
+    return lambda gate, backward: gate.load_state_dict({**gate.state_dict(), **changed})
+
+
+_CONFIG = vars(GateConfig())
+_ONE = torch.tensor(1.0)
+_SIZE = len(GradientGate(GateConfig(), torch.zeros(2, 2)).state_dict()["state"])
+# What is wrong, when (see below), how, and what the error says.
+MISUSE = {
+    "weight of another V": ("opened", head_with(34, 8), r"gate: .* built for, \(33, 8\) on cpu, "
+                            r"got \(34, 8\) on cpu"),
+    "weight of another D": ("opened", head_with(33, 9), r"gate: .*\(33, 8\).*got \(33, 9\)"),
+    "weight elsewhere": ("opened", lambda gate, _: gate.check_weight(torch.empty(33, 8).to("meta")),
+                         r"gate: .*\(33, 8\) on cpu, got \(33, 8\) on meta"),
+    "no new_batch": ("built", decide_with(), r"decide: call new_batch\(\)"),
+    "no new_batch, energy given": ("built", decide_with(energy=_ONE), r"call new_batch\(\)"),
+    "no backward": ("opened", decide_with(), "decide: no backward through linear_logprob"),
+    "decided twice": ("decided", decide_with(), r"decide: called twice without optimizer\.step"),
+    "decided twice, energy given": ("decided", decide_with(energy=_ONE), "decide: called twice"),
+    "late backward": ("decided", lambda gate, backward: backward(),
+                      r"gate: a backward ran between decide\(\) and optimizer\.step\(\)"),
+    "energy of a shape": ("ready", decide_with(energy=torch.ones(2)), r"energy: expected one "
+                          r"floating value on cpu, got \(2,\) torch\.float32 on cpu"),
+    "energy of integers": ("ready", decide_with(energy=torch.tensor(1)), "energy: .*torch.int64"),
+    "energy elsewhere": ("ready", decide_with(energy=_ONE.to("meta")), "on cpu, got .* on meta"),
+    "energy of the host": ("ready", decide_with(energy=1.0), r"energy: .*got 1\.0"),
+    "grad_norm of a shape": ("ready", decide_with(grad_norm=torch.ones(3)), r"grad_norm: expected "
+                             r"one floating value on cpu, got \(3,\)"),
+    "grad_norm of ints": ("ready", decide_with(grad_norm=torch.tensor(1)), "grad_norm: .*int64"),
+    "grad_norm elsewhere": ("ready", decide_with(grad_norm=_ONE.to("meta")), "grad_norm: .* meta"),
+    "another config": ("ready", load(config={**_CONFIG, "window": 9}),
+                       r"GateConfig\.window: expected 32, the state_dict has 9"),
+    "state of another shape": ("ready", load(state=torch.zeros(_SIZE - 1).double()),
+                               rf"state: expected \({_SIZE},\) torch\.float64, got "
+                               rf"\({_SIZE - 1},\)"),
+    "state of another dtype": ("ready", load(state=torch.zeros(_SIZE)), "state: .*got .*float32"),
+    "no state": ("ready", load(state=None), "state_dict: expected .*'state': 'NoneType'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("misuse", MISUSE)
+def test_misuse_is_refused_before_any_state_changes(misuse):
+    when, call, says = MISUSE[misuse]
+    body, head, optimizer, gate, backward = make()
+    if when != "built":  # Adam has moments, and the gate a past
+        for _ in range(2):
+            gate.new_batch()
+            backward()
+            gate.decide()
+            optimizer.step()
+        gate.new_batch()
+    if when in ("ready", "decided"):
         backward()
-    optimizer.step()
-    with pytest.raises(ValueError, match="gate: expected the weight it was built for"):
-        linear_logprob(torch.randn(2, 8), torch.randn(34, 8), torch.zeros(2).long(), gate=gate)
-    with pytest.raises(ValueError, match="window"):
-        gate.load_state_dict(GradientGate(GateConfig(window=9), torch.zeros(2, 2)).state_dict())
-    with pytest.raises(ValueError, match="weight: expected"):
+    if when == "decided":
+        gate.decide()
+
+    def now():
+        own = [gate.state_dict()["state"], gate.found_inf, gate.grad_scale, gate.row_sq]
+        return [t.clone() for t in (*flat(everything(body, head, optimizer)), *own)]
+
+    before = now()
+    with pytest.raises((RuntimeError, ValueError), match=says):
+        call(gate, backward)
+    assert all(same_bits(a, b) for a, b in zip(before, now(), strict=True))
+    if when == "ready":  # as if nothing had been tried
+        gate.decide()
+        exact = torch.linalg.vector_norm(head.weight.grad.double())
+        torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+    elif when == "decided":
+        optimizer.step()
+
+
+def test_a_gate_on_another_device_or_built_of_other_things_is_refused():
+    gate = GradientGate(GateConfig(), torch.zeros(33, 8, device="meta"))
+    with pytest.raises(ValueError, match=r"gate: .* on meta, got \(33, 8\) on cpu"):
+        head_with(33, 8)(gate, None)
+    with pytest.raises(TypeError, match="config: expected a GateConfig, got dict"):
+        GradientGate({"window": 9}, torch.zeros(33, 8))
+    with pytest.raises(ValueError, match=r"weight: expected .*, got \(3,\) torch.float32 on cpu"):
         GradientGate(GateConfig(), torch.zeros(3))
+
+
+def test_a_grad_norm_without_a_limit_and_a_limit_of_no_use_are_refused():
+    weight = torch.nn.Parameter(torch.zeros(3, 2))
+    gate = GradientGate(GateConfig(), weight)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    for limit in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="max_grad_norm: expected a positive number, got"):
+            gate.attach(optimizer, max_grad_norm=limit)
+    gate.attach(optimizer)
+    gate.new_batch()
+    before = gate.state_dict()["state"]
+    with pytest.raises(ValueError, match=r"grad_norm: expected None, .* got \(\) torch.float32"):
+        gate.decide(energy=_ONE, grad_norm=_ONE)
+    assert same_bits(before, gate.state_dict()["state"])
 
 
 @pytest.mark.parametrize(
