@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -58,7 +59,7 @@ def ceilings(rows: Rows) -> dict[str, float]:
 
 def steps(rows: Rows, c: torch.Tensor) -> dict[str, Callable[[], None]]:
     """Forward and backward as they are used: with and without a reference, exact, forward only."""
-    leaves = [t.clone().requires_grad_() for t in (rows.hidden, rows.weight)]
+    leaves = [t.requires_grad_() for t in (rows.hidden.detach(), rows.weight.detach())]
 
     def step(**options: Any) -> None:
         leaves[0].grad = leaves[1].grad = None
@@ -73,7 +74,45 @@ def steps(rows: Rows, c: torch.Tensor) -> dict[str, Callable[[], None]]:
         "with lse_ref": lambda: step(lse_ref=rows.lse),
         "without lse_ref": step,
         "grad_eps=0": lambda: step(grad_eps=0.0),
+        "screen int8, with lse_ref": lambda: step(screen="int8", lse_ref=rows.lse),
+        "screen int8": lambda: step(screen="int8"),
+        "screen fp8, with lse_ref": lambda: step(screen="fp8", lse_ref=rows.lse),
     }
+
+
+def accuracy(rows: Rows) -> dict[str, dict[str, float]]:
+    """Error of log-prob and gradient-free results against fp64 logits, and the screen's own word."""
+    leaves = (rows.hidden.detach(), rows.weight.detach())
+    exact = []
+    weight = leaves[1].double()
+    for x, y in zip(leaves[0].split(256), rows.target.split(256), strict=True):
+        z = x.double() @ weight.T
+        exact.append(z.gather(1, y[:, None])[:, 0] - z.logsumexp(1))
+    del weight
+    found = {}
+    variants: dict[str, dict[str, Any]] = {"none": {}, "int8": {"screen": "int8"},
+                                           "fp8": {"screen": "fp8"}}  # fmt: skip
+    for name, options in variants.items():
+        with torch.no_grad():
+            out = linear_logprob(*leaves, rows.target, lse_ref=rows.lse, **options)
+        off = out.logp.double() - torch.cat(exact)
+        found[name] = {
+            "mean_abs": float(off.abs().mean()),
+            "max_abs": float(off.abs().max()),
+            "bias": float(off.mean()),
+            "bias_standard_error": float(off.std() / len(off) ** 0.5),
+        }
+        if out.screen_stats is not None:
+            stats = out.screen_stats
+            found[name] |= {
+                "outside_bound": float((off.abs() > stats.error_bound + 1e-4).sum()),
+                "mean_bound": float(stats.error_bound.mean()),
+                "exact_rows": float(stats.exact_rows),
+                "refined_per_row": float(stats.refined) / len(off),
+                "rms_error": float(stats.rms_error),
+                "missed_per_row": float(stats.missed) / len(off),
+            }
+    return found
 
 
 def kernels(run: Callable[[], None], rounds: int = 3) -> dict[str, dict[str, float]]:
@@ -96,11 +135,11 @@ def kernels(run: Callable[[], None], rounds: int = 3) -> dict[str, dict[str, flo
 
 
 @contextmanager
-def tile_config(architecture: str, tile: configs.TileConfig) -> Iterator[None]:
+def use_tile(architecture: str, field: str, tile: configs.TileConfig) -> Iterator[None]:
     """The kernels with another tile, for the time of a with block."""
     before = configs.CONFIGS.get(architecture)
     now = configs.config_for(architecture)
-    configs.CONFIGS[architecture] = replace(now, tile=tile)
+    configs.CONFIGS[architecture] = replace(now, **{field: tile})
     try:
         yield
     finally:
@@ -111,24 +150,39 @@ def tile_config(architecture: str, tile: configs.TileConfig) -> Iterator[None]:
 
 
 def tune(rows: Rows, c: torch.Tensor, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Milliseconds of every candidate tile: forward alone, and the whole step with a reference."""
+    """Milliseconds of every candidate tile, round by round in turn, so that a hot GPU hits all."""
     from dgg_kernels.lm_head_forward import architecture
 
     name = architecture(rows.hidden.device)
     config = configs.config_for(name)
     found = []
-    for tile in (config.tile, *configs.TILE_CANDIDATES[config.name]):
-        result: dict[str, Any] = {"tile": asdict(tile)}
-        with tile_config(name, tile):
-            for what, run in steps(rows, c).items():
-                try:
-                    result[what] = milliseconds(run, 5)
-                except Exception as error:  # a tile that does not compile or fit is a result, too
-                    result[what] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-                    break
-        say(f"{tile}: " + ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else str(v)
-                                    for k, v in result.items() if k != "tile"))  # fmt: skip
-        found.append(result)
+    for field, candidates in (
+        ("tile", configs.TILE_CANDIDATES), ("tile_8bit", configs.TILE_8BIT_CANDIDATES)
+    ):  # fmt: skip
+        chosen = [s for s in steps(rows, c) if s.startswith("screen") == (field == "tile_8bit")]
+        chosen = [s for s in chosen if s != "grad_eps=0"]
+        results = [
+            {"field": field, "tile": tile, "ms": {step: [] for step in chosen}}
+            for tile in (getattr(config, field), *candidates.get(config.name, ()))
+        ]
+        for round_ in range(4):
+            for result in results:
+                with use_tile(name, field, result["tile"]):
+                    for step, run in steps(rows, c).items():
+                        if step not in chosen or "error" in result:
+                            continue
+                        try:
+                            ms = milliseconds(run, 2)
+                        except Exception as error:  # one that does not fit is a result, too
+                            result["error"] = f"{type(error).__name__}: {str(error)[:100]}"
+                            continue
+                        if round_:
+                            result["ms"][step].append(ms)
+        for result in results:
+            medians = {s: common.summary(v)["median"] for s, v in result["ms"].items() if v}
+            numbers = ", ".join(f"{step} {ms:.2f}" for step, ms in medians.items())
+            say(f"{field} {result['tile']}: {numbers} {result.get('error', '')}")
+            found.append({**result, "tile": asdict(result["tile"]), "ms": medians})
     return found
 
 
@@ -161,8 +215,12 @@ def main() -> None:
     }
     console.print(f"N={args.rows} D={args.features} V={args.vocabulary}, entropy "
                   f"{rows.entropy:.2f}: {record['ceilings']}")  # fmt: skip
+    record["accuracy"] = accuracy(rows)
+    for name, of in record["accuracy"].items():
+        console.print(name, {key: f"{value:.2e}" for key, value in of.items()})
     record["steps"], record["kernels"] = {}, {}
     for name, run in steps(rows, c).items():
+        time.sleep(1.0)  # a hot GPU lowers its clocks
         record["steps"][name] = milliseconds(run)
         record["kernels"][name] = kernels(run)
         table = Table(title=f"{name}: {record['steps'][name]:.2f} ms")

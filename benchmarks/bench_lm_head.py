@@ -37,16 +37,18 @@ ALLOWED = {
 
 def variant(peer: peers.Peer, rows: Any, c: Tensor) -> Callable[[], common.Phases]:
     """One forward and backward of sum(c logp), the gradients of hidden and weight included."""
-    hidden, weight = (t.clone().requires_grad_() for t in (rows.hidden, rows.weight))
+    hidden, weight = (t.detach().requires_grad_() for t in (rows.hidden, rows.weight))
 
-    def run() -> common.Phases:
-        hidden.grad = weight.grad = None
+    def run(keep_gradients: bool = False) -> common.Phases:
         kept: list[Tensor] = []
-        return common.timed(
+        phases = common.timed(
             hidden.device,
             ("forward", lambda: kept.append((peer(hidden, weight, rows.target) * c).sum())),
             ("backward", lambda: kept[0].backward()),
         )
+        if not keep_gradients:
+            hidden.grad = weight.grad = None
+        return phases
 
     run.leaves = hidden, weight  # type: ignore[attr-defined]
     return run
@@ -54,7 +56,7 @@ def variant(peer: peers.Peer, rows: Any, c: Tensor) -> Callable[[], common.Phase
 
 def errors(run: Any, peer: peers.Peer, rows: Any, exact: tuple[Tensor, ...]) -> dict[str, float]:
     """Relative errors of log-prob and gradients; 1 where a gradient did not arrive."""
-    run()
+    run(keep_gradients=True)
     hidden, weight = run.leaves
     with torch.no_grad():
         logp = peer(hidden, weight, rows.target)
@@ -81,6 +83,9 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     found, missing = peers.available(device.type)
     if device.type == "cuda":  # on a CPU the selection costs nothing beside the product
         found[WITH_REFERENCE] = partial(peers.ours, lse_ref=rows.lse)
+        for screen in ("int8", "fp8"):
+            options = {"lse_ref": rows.lse, "screen": screen}
+            found[f"{WITH_REFERENCE}, screen {screen}"] = partial(peers.ours, **options)
     if args.peers:
         found = {name: peer for name, peer in found.items() if name in args.peers}
     record: dict[str, Any] = {
@@ -115,9 +120,12 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             gc.collect()
             for leaf in run.leaves:  # type: ignore[attr-defined]
                 leaf.grad = None
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             memory = common.peak_extra_bytes(run, device)
             record["variants"][name] = {"errors": checked, "peak_extra_bytes": memory}
             runs[name] = run
+        del exact
         total = (args.rounds + 1) * len(runs)
         progress.reset(task, total=total)
         timings = common.interleave(

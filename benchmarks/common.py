@@ -52,7 +52,8 @@ def stamp(device: torch.device, threads: int | None = None) -> dict[str, Any]:
         "threads": threads or torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"),
+        "commit": os.environ.get("DGG_COMMIT")  # where the checkout has no git
+        or _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_output("git", "-C", str(ROOT), "status", "--porcelain", "-uno")),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -88,6 +89,8 @@ def interleave(
     for round_ in range(rounds + 1):
         for name, variant in variants.items():
             tick(name)
+            if torch.cuda.is_available():
+                time.sleep(0.25)  # under unbroken load a GPU lowers its clocks
             phases = variant()
             if round_:
                 runs[name].append(phases)

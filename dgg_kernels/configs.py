@@ -68,31 +68,37 @@ class BitsConfig:
 class KernelConfig:
     """Everything that is launched on one architecture.
 
-    `tile` serves 16-bit inputs, `tile_crowded` those with bias and softcap together where `tile`
+    `tile` serves 16-bit inputs, `tile_8bit` the codes of a screen, `tile_crowded` those with bias and softcap together where `tile`
     would spill, `tile_fp32` fp32 inputs (fused multiply-adds: tf32 would cost the accuracy that
     fp32 is chosen for). `row` is the backward's pass over the entries of one row, which holds the
     whole row in registers up to `row.block_d`; `pieces` is the same pass where it cannot, or need
-    not since no dX is wanted. `owner` writes one row of dW.
+    not since no dX is wanted. `owner` writes one row of dW, `refine` computes a row's kept entries
+    anew.
     """
 
     name: str
     tile: TileConfig
+    tile_8bit: TileConfig = TileConfig(128, 128, 128, num_warps=8, num_stages=3)
     tile_crowded: TileConfig | None = None
     tile_fp32: TileConfig = TileConfig(64, 64, 32, num_warps=8, num_stages=2, programs_per_sm=2)
     row: GatherConfig = GatherConfig(block_d=8192, group=4, warp_d=512)
     pieces: GatherConfig = GatherConfig(block_d=2048, group=8, warp_d=512)
     owner: GatherConfig = GatherConfig(block_d=1024, group=8, warp_d=256)
+    refine: GatherConfig = GatherConfig(block_d=1024, group=8, warp_d=256)
     bits: BitsConfig = BitsConfig(rows=2, words=512)
 
 
 CONFIGS = {
     "sm_80": KernelConfig("sm_80", TileConfig(128, 128, 64, num_warps=8, num_stages=3)),
     "sm_90": KernelConfig(
-        "sm_90", TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True)
+        "sm_90",
+        TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True),
+        TileConfig(128, 256, 128, num_warps=8, num_stages=3, parts=4, tma=True, flat=True),
     ),
     "sm_100": KernelConfig(
         "sm_100",
         TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True),
+        TileConfig(128, 128, 128, num_warps=8, num_stages=4, parts=4, tma=True, flat=True),
         tile_crowded=TileConfig(128, 128, 64, num_warps=8, num_stages=4, parts=2, tma=True),
     ),
     "gfx942": KernelConfig("gfx942", TileConfig(128, 128, 64, num_warps=8, num_stages=2)),
@@ -100,15 +106,25 @@ CONFIGS = {
     "interpreter": KernelConfig(
         "interpreter",
         TileConfig(64, 256, 128, num_warps=4, num_stages=1),
+        TileConfig(64, 256, 128, num_warps=4, num_stages=1),
         tile_fp32=TileConfig(64, 256, 128, num_warps=4, num_stages=1),
         row=GatherConfig(block_d=1024, group=1024, warp_d=1024),
         pieces=GatherConfig(block_d=64, group=1024, warp_d=1024),
         owner=GatherConfig(block_d=1024, group=256, warp_d=1024),
+        refine=GatherConfig(block_d=1024, group=1024, warp_d=1024),
         bits=BitsConfig(rows=64, words=128),
     ),
 }
 
 # For a benchmark to try; none of it is read by the kernels.
+TILE_8BIT_CANDIDATES = {
+    "sm_90": [
+        TileConfig(128, 128, 128, num_warps=4, num_stages=3, parts=4, tma=True, programs_per_sm=2),
+        TileConfig(128, 128, 128, num_warps=8, num_stages=3, parts=4, tma=True, programs_per_sm=2),
+        TileConfig(128, 128, 128, num_warps=8, num_stages=4, parts=4, tma=True, flat=True),
+        TileConfig(256, 128, 128, num_warps=8, num_stages=4, parts=4, tma=True),
+    ],
+}
 TILE_CANDIDATES = {
     "sm_80": [
         TileConfig(128, 128, 32, num_warps=8, num_stages=4),

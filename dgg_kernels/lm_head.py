@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import lm_head_chunked
+from .screen import Screen, ScreenStats, check_screen, codes_of, stats
 
 if TYPE_CHECKING:
     from .gate import GradientGate
@@ -25,12 +26,13 @@ _WORTH_DRAWING = 0.5
 
 
 class LogprobOutput(NamedTuple):
-    """What `linear_logprob` returns; every tensor has the target's shape, fp32, 0 where ignored."""
+    """What `linear_logprob` returns; tensors have the target's shape, fp32, 0 where ignored."""
 
     logp: Tensor  # log-prob of the target, differentiable
     entropy: Tensor  # of the whole distribution, nats, differentiable
     lse: Tensor  # log-sum-exp of the (scaled) logits, no gradient
     sum_p2: Tensor  # sum over the vocabulary of p^2, no gradient
+    screen_stats: ScreenStats | None = None  # with a screen: its error bound, and what it did
 
 
 # -- registration: C++ on the CPU (csrc/cpu), Triton on CUDA and ROCm, plain PyTorch elsewhere -----
@@ -55,10 +57,12 @@ for _op in ("lm_head_forward", "lm_head_backward"):
 
 
 @torch.library.register_fake("dgg::lm_head_forward")
-def _(hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed):
-    rows = [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(4)]
+def _(hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed, screen):
+    N = hidden.shape[0]
+    rows = [hidden.new_empty(N, dtype=torch.float32) for _ in range(4)]
     size = 0 if seed is None else torch.library.get_ctx().new_dynamic_size()
-    return (*rows, hidden.new_empty(size, dtype=torch.int32))
+    report = hidden.new_empty((N if screen else 0, 4), dtype=torch.float32)
+    return (*rows, hidden.new_empty(size, dtype=torch.int32), report)
 
 
 @torch.library.register_fake("dgg::lm_head_backward")
@@ -86,29 +90,32 @@ def _linear_logprob(
     grad_eps: float,
     lse_ref: Tensor | None,
     seed: Tensor | None,
+    screen: list[Tensor],
     gate_row_sq: Tensor | None,
     gate_id: int,
     gate_accumulates: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return torch.ops.dgg.lm_head_forward(
-        hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed
+        hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed, screen
     )
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, bias, target, temperature, softcap, grad_eps, lse_ref, seed, *gate):
+def _(hidden, weight, bias, target, temperature, softcap, grad_eps, lse_ref, seed, screen, *gate):
     return torch.ops.dgg.lm_head_forward(
-        hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed
+        hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed, screen
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, bias, target, temperature, softcap, grad_eps, _, seed, row_sq, *gate = inputs
-    _, entropy, lse, sum_p2, active = output
+    hidden, weight, bias, target, temperature, softcap, grad_eps, _, seed = inputs[:9]
+    screen, row_sq, *gate = inputs[9:]
+    _, entropy, lse, sum_p2, active, report = output
     ctx.save_for_backward(hidden, weight, bias, target, lse, entropy, active, seed, row_sq)
-    ctx.scalars = (temperature, softcap, grad_eps)
+    ctx.scalars = (temperature, softcap, grad_eps, bool(screen))
     ctx.gate = tuple(gate)
-    ctx.mark_non_differentiable(lse, sum_p2, active)
+    ctx.mark_non_differentiable(lse, sum_p2, active, report)
+    ctx.screens = len(screen)
     ctx.set_materialize_grads(False)
 
 
@@ -125,7 +132,13 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
     if gated:
         torch.ops.dgg.gate_record(gate_row_sq, row_sq, d_weight, gate_id)
     d_inputs = zip((d_hidden, d_weight, d_bias), wanted, strict=True)
-    return (*(d if needed else None for d, needed in d_inputs), *[None] * 9)
+    none = [None] * 6
+    return (
+        *(d if needed else None for d, needed in d_inputs),
+        *none,
+        [None] * ctx.screens,
+        *[None] * 3,
+    )
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
@@ -145,7 +158,7 @@ def linear_logprob(
     ignore_index: int = -100,
     grad_eps: float = 2**-12,
     lse_ref: Tensor | None = None,
-    screen: Literal["bf16", "int8", "fp8"] | None = None,
+    screen: Screen | None = None,
     gate: GradientGate | None = None,
 ) -> LogprobOutput:
     """Per-token log-probs and entropies of a language-model head, without its logits.
@@ -166,12 +179,16 @@ def linear_logprob(
             so does a vocabulary of no more than 0.5 / grad_eps.
         lse_ref: [...], any estimate of lse, such as that of the previous pass. Steers only which
             entries are drawn; may be left out.
-        screen: low-precision screening of the logits; only None is available yet.
+        screen: take all logits in this arithmetic, and at full precision only those that matter
+            (docs/screening.md). The log-probs then have an error, bounded by
+            `screen_stats.error_bound`. "int8" and "fp8" (GPU) hold one scale per row; "bf16"
+            screens fp32 weights. A copy of the weight in it is kept until the weight changes.
+            Without effect on a vocabulary of no more than 0.5 / grad_eps.
         gate: the `GradientGate` that shall see the norm of this head's gradient. While it is shut
             every row counts as ignored: an update that will be discarded costs next to nothing.
 
     Returns:
-        LogprobOutput of logp, entropy, lse, sum_p2, each [...] fp32.
+        LogprobOutput of logp, entropy, lse, sum_p2, each [...] fp32, and the screen's statistics.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device or range; names it, what was
@@ -191,11 +208,13 @@ def linear_logprob(
         _check_targets(target, outside, vocabulary)
     rows = torch.where(ignored, -1, target.where(~outside, 0))
     tracked = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+    draws = grad_eps * vocabulary > _WORTH_DRAWING
+    codes = codes_of(weight, screen) if screen is not None and draws else []
     seed = None
-    if grad_eps * vocabulary > _WORTH_DRAWING and tracked and torch.is_grad_enabled():
+    if draws and (codes or (tracked and torch.is_grad_enabled())):
         # From the default generator: manual_seed reproduces it, checkpointing restores it.
         seed = torch.randint(2**31 - 1, (1,), device=hidden.device)
-    logp, entropy, lse, sum_p2, _ = _linear_logprob(
+    logp, entropy, lse, sum_p2, _, report = _linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -205,13 +224,15 @@ def linear_logprob(
         float(grad_eps),
         None if lse_ref is None else lse_ref.detach().reshape(-1).float(),
         seed,
+        codes,
         None if gate is None else gate.row_sq,
         -1 if gate is None else gate.id,
         gate is not None and gate.config.accumulate,
     )
     if target.device.type != "cpu":
         logp = logp * torch.where(outside, torch.nan, 1.0)  # NaN, forward and backward
-    return LogprobOutput(*(o.reshape(shape) for o in (logp, entropy, lse, sum_p2)))
+    outputs = [o.reshape(shape) for o in (logp, entropy, lse, sum_p2)]
+    return LogprobOutput(*outputs, stats(report, shape) if codes else None)
 
 
 def _autocast(
@@ -269,7 +290,7 @@ def _check(
     if not 0 <= grad_eps < 1:
         raise ValueError(f"grad_eps: expected a number in [0, 1), got {grad_eps!r}")
     if screen is not None:
-        raise ValueError(f"screen: expected None (no screen is available yet), got {screen!r}")
+        check_screen(screen, hidden, grad_eps)
 
 
 def _shape(of: Tensor | torch.Size) -> list[int]:

@@ -59,10 +59,11 @@ def logit_gradient(
 @triton.jit
 def row_kernel(
     x, w, bias, target, lse, entropy, grad_logp, grad_entropy, start, count, threshold, columns,
-    keys, values, owners, dx,
+    weights, keys, values, owners, dx,
     D, x_stride, w_stride, inv_temperature, softcap,
     BLOCK_D: tl.constexpr, ENTRIES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, SUM: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """One row: (keys, values, owners) = (v, dL/draw_v, row) of its entries, and their sum, dX.
 
@@ -105,9 +106,12 @@ def row_kernel(
         if HAS_BIAS:
             raw += tl.load(bias + v, here, other=0.0).to(tl.float32)
         z = scale_logits(raw, softcap, inv_temperature, SOFTCAP)
-        # u is a multiple of 2^-24, so u < pi has probability ceil(2^24 pi) / 2^24.
-        pi = tl.minimum(tl.exp(tl.minimum(z - above, 0.0)), 1.0)
-        weight = 16777216.0 / tl.maximum(tl.ceil(pi * 16777216.0), 1.0)
+        if WEIGHTED:
+            weight = tl.load(weights + first + j, here, other=0.0)
+        else:
+            # u is a multiple of 2^-24, so u < pi has probability ceil(2^24 pi) / 2^24.
+            pi = tl.exp(tl.minimum(z - above, 0.0))
+            weight = 16777216.0 / tl.maximum(tl.ceil(pi * 16777216.0), 1.0)
         hit = v == y
         weight = tl.where(hit, 1.0, weight)  # kept whatever its u
         d_raw = logit_gradient(z, hit, weight, c, c_entropy, row_lse, row_entropy,
@@ -281,15 +285,17 @@ class Gradients:
         return any(g is not None for g in (self.weight, self.bias, self.row_sq))
 
 
-def sparse_backward(head: Head, upstream: Upstream, active: Tensor, out: Gradients) -> None:
+def sparse_backward(
+    head: Head, upstream: Upstream, active: Tensor, weighted: bool, out: Gradients
+) -> None:
     """Fills `out` from the kept entries; draws them first if the forward had no reference."""
     N, V, D = head.sizes
     device = head.hidden.device
     if active.numel() == 0:
         mask = upstream.works & (head.target >= 0)
         active = scan_vocabulary(head, mask, upstream.lse, None)
-    entries = Entries(active, N)
-    capacity = entries.columns.shape[0]
+    entries = Entries(active, N, weighted)
+    capacity = entries.capacity
     # Places without an entry sort past the vocabulary.
     keys = torch.full((capacity,), V, dtype=torch.int32, device=device)
     values = torch.empty(capacity, dtype=torch.float32, device=device)
@@ -301,9 +307,9 @@ def sparse_backward(head: Head, upstream: Upstream, active: Tensor, out: Gradien
     row_kernel[(N,)](
         head.hidden, head.weight, head.bias, head.target, upstream.lse, upstream.entropy,
         upstream.grad_logp, upstream.grad_entropy, entries.start, entries.count,
-        entries.threshold, entries.columns, keys, values, owners, out.hidden,
+        entries.threshold, entries.columns, entries.weights, keys, values, owners, out.hidden,
         D, head.hidden.stride(0), head.weight.stride(0), *head.scalars,
-        SUM=in_registers, HAS_ENTROPY=upstream.grad_entropy is not None,
+        SUM=in_registers, WEIGHTED=weighted, HAS_ENTROPY=upstream.grad_entropy is not None,
         **head.switches, **options,
     )  # fmt: skip
     if out.hidden is not None and not in_registers:
@@ -424,7 +430,7 @@ def dlogits(
     M, C = x.shape[0], w.shape[0]
     out = torch.zeros(M, C, dtype=x.dtype, device=x.device)
     bias = None if head.bias is None else head.bias[first : first + C]
-    dlogits_kernel[(head.programs(M, C),)](
+    dlogits_kernel[(head.programs(x, C),)](
         *operands, bias, count, rows, head.target, upstream.lse, upstream.entropy,
         upstream.grad_logp, upstream.grad_entropy, out,
         first, M, C, x.shape[1], w.stride(0), *head.scalars,
@@ -456,6 +462,7 @@ def lm_head_backward(
     temperature: float,
     softcap: float,
     grad_eps: float,
+    screened: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -487,7 +494,7 @@ def lm_head_backward(
             if seed is None or grad_eps == 0:
                 exact_backward(head, upstream, out)
             else:
-                sparse_backward(head, upstream, active, out)
+                sparse_backward(head, upstream, active, screened, out)
     results = (out.hidden, out.weight, out.bias, out.row_sq)
     d_hidden, d_weight, d_bias, row_sq = (
         torch.empty(0, dtype=hidden.dtype, device=device) if r is None else r for r in results

@@ -7,7 +7,7 @@ chunk by chunk, each from all rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -42,8 +42,9 @@ def lm_head_forward(
     grad_eps: float,
     lse_ref: Tensor | None,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, lse, sum_p2 [N] fp32 by an online log-sum-exp; no active set."""
+    screen: Sequence[Tensor],  # refused before
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, lse, sum_p2 [N] fp32 by an online log-sum-exp; no active set, no report."""
     n = hidden.shape[0]
     kept = target >= 0
     x = hidden.float().where(kept[:, None], 0.0)
@@ -71,7 +72,8 @@ def lm_head_forward(
     lse = m + log_s
     outputs = (z_target - lse, log_s - t / s, lse, q / s.square())
     logp, entropy, lse, sum_p2 = (o.where(kept, 0.0) for o in outputs)
-    return logp, entropy, lse, sum_p2, hidden.new_empty(0, dtype=torch.int32)
+    active, report = hidden.new_empty(0, dtype=torch.int32), hidden.new_empty((0, 4)).float()
+    return logp, entropy, lse, sum_p2, active, report
 
 
 def lm_head_backward(
@@ -88,6 +90,7 @@ def lm_head_backward(
     temperature: float,
     softcap: float,
     grad_eps: float,
+    screened: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,

@@ -10,6 +10,7 @@ sorted to the end on the device and never touched; the host learns no count.
 # pyright: reportUnboundVariable=false, reportAttributeAccessIssue=false
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,15 +70,18 @@ def popcount(x):
 def tile_scores(
     x, w, row0, column0, num_rows, V, D, w_stride,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    TMA: tl.constexpr, EVEN_D: tl.constexpr,
+    TMA: tl.constexpr, EVEN_D: tl.constexpr, INT8: tl.constexpr = False,
 ):  # fmt: skip
-    """Products of BLOCK_N rows of x [num_rows, D] and BLOCK_V rows of w [V, D], fp32."""
-    scores = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    """Products of BLOCK_N rows of x [num_rows, D] and BLOCK_V rows of w [V, D], fp32 or int32."""
+    if INT8:
+        scores = tl.zeros([BLOCK_N, BLOCK_V], tl.int32)
+    else:
+        scores = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if TMA:
         for d in range(0, D, BLOCK_D):
             a = x.load([row0, d])
             b = w.load([column0, d])
-            scores = tl.dot(a, b.T, scores, input_precision="ieee")
+            scores = tl.dot(a, b.T, scores, input_precision="ieee", out_dtype=scores.dtype)
     else:
         # Past the end the last row is read again: its results are masked where they are stored.
         rows = tl.minimum(row0 + tl.arange(0, BLOCK_N), num_rows - 1).to(tl.int64)
@@ -92,7 +96,7 @@ def tile_scores(
             else:
                 a = tl.load(a_ptr + d, (d + k < D)[None, :], other=0.0)
                 b = tl.load(b_ptr + d, (d + k < D)[None, :], other=0.0)
-            scores = tl.dot(a, b.T, scores, input_precision="ieee")
+            scores = tl.dot(a, b.T, scores, input_precision="ieee", out_dtype=scores.dtype)
     return scores
 
 
@@ -231,12 +235,13 @@ def scan_kernel(
 
 @triton.jit
 def combine_kernel(
-    stats, target_logit, count, rows, logp, entropy, lse, sum_p2, num_rows, num_tiles_v,
+    stats, target_logit, count, place, rows, logp, entropy, lse, sum_p2, num_rows, num_tiles_v,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Statistics of the vocabulary tiles -> results of the rows, always in the same order."""
-    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = i < tl.load(count)
+    number = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = number < tl.load(count)
+    i = tl.load(place + number, valid, other=0)
     plane = tl.cast(num_tiles_v, tl.int64) * num_rows
     top = tl.full([BLOCK_N], -1e30, tl.float32)
     for tile in range(0, num_tiles_v, BLOCK_T):
@@ -337,12 +342,13 @@ class Head:
     def config(self) -> configs.KernelConfig:
         return configs.config_for(architecture(self.hidden.device))
 
-    @property
-    def tile(self) -> configs.TileConfig:
-        """Tiles for this dtype."""
+    def tile_of(self, x: Tensor) -> configs.TileConfig:
+        """Tiles for products of x: hidden states, or their codes."""
         config = self.config
-        if self.hidden.dtype == torch.float32:
+        if x.dtype == torch.float32:
             return config.tile_fp32
+        if x.element_size() == 1:
+            return config.tile_8bit
         if config.tile_crowded and self.bias is not None and self.softcap > 0:
             return config.tile_crowded
         return config.tile
@@ -359,7 +365,7 @@ class Head:
         self, x: Tensor, w: Tensor
     ) -> tuple[tuple[Tensor, Tensor] | tuple[TensorDescriptor, TensorDescriptor], dict[str, int]]:
         """x [M, D] and w [C, D] as tiled operands (descriptors where they pay), and options."""
-        t = self.tile
+        t = self.tile_of(x)
         options = {
             "BLOCK_N": t.block_n, "BLOCK_V": t.block_v, "BLOCK_D": t.block_d,
             "GROUP": t.group, "PARTS": t.parts,
@@ -375,9 +381,10 @@ class Head:
         w_tiles = TensorDescriptor.from_tensor(w, [t.block_v, t.block_d])
         return (x_tiles, w_tiles), {"TMA": True, **options}
 
-    def programs(self, num_rows: int, num_columns: int) -> int:
-        """Persistent programs for the tiles of so many rows and vocabulary entries."""
-        t = self.tile
+    def programs(self, x: Tensor, num_columns: int) -> int:
+        """Persistent programs for the tiles of x [M, D] and so many vocabulary entries."""
+        t = self.tile_of(x)
+        num_rows = x.shape[0]
         tiles = triton.cdiv(num_rows, t.block_n) * triton.cdiv(num_columns, t.block_v)
         return min(int(tiles), t.programs_per_sm * multiprocessors(self.hidden.device))
 
@@ -433,10 +440,10 @@ def scan(
     """Runs `scan_kernel` over rows of a block."""
     operands, options = head.operands(x, head.weight)
     _, V, D = head.sizes
-    scan_kernel[(head.programs(x.shape[0], V),)](
+    scan_kernel[(head.programs(x, V),)](
         *operands, head.bias, count, place, rows, head.target[rows], threshold, head.seed,
         stats, target_logit, bits, x.shape[0], V, D, head.weight.stride(0), *head.scalars,
-        STATS=stats is not None, SELECT=bits is not None, FLAT=head.tile.flat,
+        STATS=stats is not None, SELECT=bits is not None, FLAT=head.tile_of(x).flat,
         **head.switches, **options,
     )  # fmt: skip
 
@@ -448,21 +455,25 @@ class Entries:
     start [N] | count [N] | threshold [N] (bits of fp32) | columns [capacity]: row i keeps the
     vocabulary indices columns[start[i]:][:count[i]], ascending, its target among them. Entry v was
     kept with probability min(1, exp(z - threshold)); count is 0 for a row without work.
+    Of screened logits z this can't be told later: then weights [capacity] (bits of fp32) follow,
+    the inverse probabilities.
     """
 
     packed: Tensor
     num_rows: int
+    weighted: bool
 
     @classmethod
-    def empty(cls, head: Head) -> "Entries":
+    def empty(cls, head: Head, weighted: bool) -> "Entries":
         """Room for the expected entries of every row, within MAX_ENTRIES; all counts 0."""
         N, V, _ = head.sizes
         # The expected number is at most 1 / eps, and its standard deviation at most the root.
         slots = min(V, math.ceil(1.05 / head.grad_eps) + 64)
         room = min(slots, max(1, min(MAX_ENTRIES, max(ENTRIES_PER_ROW * N, 2**20)) // N))
-        packed = torch.empty(N * (3 + room), dtype=torch.int32, device=head.hidden.device)
+        size = N * (3 + room * (2 if weighted else 1))
+        packed = torch.empty(size, dtype=torch.int32, device=head.hidden.device)
         packed[: 3 * N] = 0
-        return cls(packed, N)
+        return cls(packed, N, weighted)
 
     @property
     def start(self) -> Tensor:
@@ -478,7 +489,21 @@ class Entries:
 
     @property
     def columns(self) -> Tensor:
-        return self.packed[3 * self.num_rows :]
+        return self.packed[3 * self.num_rows :][: self.capacity]
+
+    @property
+    def capacity(self) -> int:
+        return (len(self.packed) - 3 * self.num_rows) // (2 if self.weighted else 1)
+
+    @property
+    def slots(self) -> int:
+        """Entries that a row has room for, whatever the others keep."""
+        return self.capacity // self.num_rows
+
+    @property
+    def weights(self) -> Tensor | None:
+        weights = self.packed[3 * self.num_rows + self.capacity :].view(torch.float32)
+        return weights if self.weighted else None
 
     def add(
         self,
@@ -501,16 +526,11 @@ class Entries:
         stopped (Ting, Adaptive threshold sampling, 2022). No row is ever truncated.
         """
         M, words = bits.shape
-        slots = self.columns.shape[0] // self.num_rows
+        slots = self.slots
         V = head.weight.shape[0]
-        config = head.config.bits
-        grid = (triton.cdiv(M, config.rows),)
-        block_w = min(config.words, triton.next_power_of_2(words))
-        options = {"BLOCK_N": config.rows, "BLOCK_W": block_w, "num_warps": config.num_warps}
+        grid, options = bits_launch(head, bits)
         log_eps = math.log(head.grad_eps)
-        kept = torch.zeros(M, dtype=torch.int32, device=x.device)
-        place = torch.arange(M, device=x.device)
-        count_kernel[grid](bits, place, active, kept, words, **options)
+        kept = count_bits(head, bits, active)
         limit = fair_share(kept, slots * M)
         # On the last rung 8 times fewer entries are expected than there are slots.
         rungs = 0 if slots >= V else 1 + max(0, math.ceil(math.log(8 / slots, 4) - log_eps / LOG_4))
@@ -533,6 +553,39 @@ class Entries:
         self.threshold[rows] = threshold
 
 
+def bits_launch(head: Head, bits: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and options of the kernels that go through bits [M, words]."""
+    config = head.config.bits
+    block_w = min(config.words, triton.next_power_of_2(bits.shape[1]))
+    options = {"BLOCK_N": config.rows, "BLOCK_W": block_w, "num_warps": config.num_warps}
+    return (triton.cdiv(bits.shape[0], config.rows),), options
+
+
+def count_bits(head: Head, bits: Tensor, count: Tensor) -> Tensor:
+    """Set bits of the first `count` rows [M] int32, 0 for the others."""
+    M, words = bits.shape
+    kept = torch.zeros(M, dtype=torch.int32, device=bits.device)
+    place = torch.arange(M, device=bits.device)
+    grid, options = bits_launch(head, bits)
+    count_kernel[grid](bits, place, count, kept, words, **options)
+    return kept
+
+
+def combine(
+    stats: Tensor,  # [4, tiles, M]
+    target_logit: Tensor,  # [M]
+    count: Tensor,  # [1] int32
+    place: Tensor,  # [M]: the rows of the block that are summed up, `count` of them
+    rows: Tensor,  # [M]: index in the outputs of every row of the block
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],  # logp, entropy, lse, sum_p2 [N]
+) -> None:
+    """Runs `combine_kernel`."""
+    _, tiles, M = stats.shape
+    combine_kernel[(triton.cdiv(M, 32),)](
+        stats, target_logit, count, place, rows, *outputs, M, tiles, BLOCK_N=32, BLOCK_T=64
+    )
+
+
 def fair_share(kept: Tensor, room: int) -> Tensor:
     """The largest L with sum_i min(kept_i, L) <= room, on the device: short rows leave theirs."""
     ascending = kept.sort().values.long()
@@ -548,20 +601,15 @@ def scan_vocabulary(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] | None,  # logp, entropy, lse, sum_p2
 ) -> Tensor:
     """Goes over all logits once, by blocks of rows; returns the kept entries (see `Entries`)."""
-    N, V, D = head.sizes
+    _, V, D = head.sizes
     device = head.hidden.device
-    tiles = triton.cdiv(V, head.tile.block_v)
+    tiles = triton.cdiv(V, head.tile_of(head.hidden).block_v)
     words = triton.cdiv(V, 32)
-    order, total = sort_rows(mask)
-    entries = Entries.empty(head) if reference is not None else None
+    entries = Entries.empty(head, weighted=False) if reference is not None else None
     row_bytes = 2 * D * head.hidden.element_size() + 16 * tiles + 4 * words
-    size = max(128, WORKSPACE_BYTES // row_bytes // 128 * 128)
-    for first in range(0, N, size):
-        rows = order[first : first + size]
+    for first, rows, count, x in row_blocks(head, mask, row_bytes):
         M = rows.shape[0]
-        count = (total - first).clamp(0, M)
         place = torch.arange(M, device=device)
-        x = gather_rows(head, head.hidden, rows, count)
         threshold = bits = stats = target_logit = None
         if reference is not None:
             bits = torch.empty(M, words, dtype=torch.int32, device=device)
@@ -571,14 +619,24 @@ def scan_vocabulary(
             target_logit = torch.empty(M, dtype=torch.float32, device=device)
         scan(head, x, count, place, rows, threshold, bits, stats, target_logit)
         if outputs is not None:
-            combine_kernel[(triton.cdiv(M, 32),)](
-                stats, target_logit, count, rows, *outputs, M, tiles, BLOCK_N=32, BLOCK_T=64
-            )
+            combine(stats, target_logit, count, place, rows, outputs)
             del stats
         if entries is not None and reference is not None:
             lse = reference if outputs is None else outputs[2]
             entries.add(head, x, count, rows, threshold, bits, lse[rows], first)
     return torch.empty(0, dtype=torch.int32, device=device) if entries is None else entries.packed
+
+
+def row_blocks(
+    head: Head, mask: Tensor, row_bytes: int
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Rows with work, in blocks that the workspace holds: first, their indices, count, hidden."""
+    order, total = sort_rows(mask)
+    size = max(128, WORKSPACE_BYTES // row_bytes // 128 * 128)
+    for first in range(0, len(mask), size):
+        rows = order[first : first + size]
+        count = (total - first).clamp(0, len(rows))
+        yield first, rows, count, gather_rows(head, head.hidden, rows, count)
 
 
 def lm_head_forward(
@@ -591,10 +649,11 @@ def lm_head_forward(
     grad_eps: float,
     lse_ref: Tensor | None,  # [N] fp32
     seed: Tensor | None,  # [1] int64; None: no backward will want a selection
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, lse, sum_p2 [N] fp32 (0 where ignored), and the entries kept for the backward.
+    screen: Sequence[Tensor],  # the weight's `Codes`, or nothing
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, lse, sum_p2 [N] fp32 (0 where ignored), the kept entries, the screen's report.
 
-    The last is empty unless seed, grad_eps > 0 and lse_ref are all there: without a reference the
+    The entries are empty unless seed, grad_eps > 0 and lse_ref are all there: without a reference the
     backward selects, when the log-sum-exp is known. A reference that is not finite counts as one
     that is far too low: such a row is drawn again with its exact log-sum-exp.
     """
@@ -607,6 +666,13 @@ def lm_head_forward(
     reference = None
     if N > 0 and seed is not None and grad_eps > 0 and lse_ref is not None:
         reference = lse_ref.where(lse_ref.isfinite(), -torch.inf)
+    outputs = (logp, entropy, lse, sum_p2)
+    report = torch.zeros(N if screen else 0, 4, dtype=torch.float32, device=hidden.device)
     with torch.cuda.device_of(hidden):
-        active = scan_vocabulary(head, target >= 0, reference, (logp, entropy, lse, sum_p2))
-    return logp, entropy, lse, sum_p2, active
+        if screen:
+            from .lm_head_screen import screen_vocabulary
+
+            active = screen_vocabulary(head, screen, target >= 0, reference, outputs, report)
+        else:
+            active = scan_vocabulary(head, target >= 0, reference, outputs)
+    return *outputs, active, report

@@ -56,7 +56,7 @@ def test_the_set_is_the_one_that_a_single_exact_pass_would_draw(order):
     eps, seed = 2**-10, 12345
     eye = torch.eye(n)
     outputs = torch.ops.dgg.lm_head_forward(
-        eye, logits.T.contiguous(), target, None, 1.0, 0.0, eps, None, torch.tensor([seed])
+        eye, logits.T.contiguous(), target, None, 1.0, 0.0, eps, None, torch.tensor([seed]), []
     )
     p = torch.softmax(logits.double(), 1).numpy()
     u = draw(n, vocabulary, seed)
@@ -98,15 +98,15 @@ def test_backward_gives_the_same_bits_on_any_number_of_threads():
     torch.manual_seed(0)
     hidden, weight = torch.randn(300, 33), torch.randn(5000, 33)
     target, seed = torch.randint(5000, (300,)), torch.tensor([7])
-    args = (hidden, weight, target, None, 1.0, 0.0, 2**-10, None, seed)
-    _, entropy, lse, _, active = torch.ops.dgg.lm_head_forward(*args)
+    args = (hidden, weight, target, None, 1.0, 0.0, 2**-10, None, seed, [])
+    _, entropy, lse, _, active, _ = torch.ops.dgg.lm_head_forward(*args)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append(
             torch.ops.dgg.lm_head_backward(
                 torch.linspace(-1, 1, 300), None, hidden, weight, target, None, lse, entropy,
-                active, seed, 1.0, 0.0, 2**-10, True, True, False, True,
+                active, seed, 1.0, 0.0, 2**-10, False, True, True, False, True,
             )
         )  # fmt: skip
     torch.set_num_threads(2)
@@ -119,7 +119,7 @@ def test_flat_rows_keep_thousands_of_entries_and_lose_none():
     vocabulary, eps = 49152, 2**-12
     target = torch.zeros(2, dtype=torch.int64)
     args = (torch.zeros(2, 4), torch.zeros(vocabulary, 4), target, None, 1.0, 0.0, eps, None)
-    active = torch.ops.dgg.lm_head_forward(*args, torch.tensor([1]))[4]
+    active = torch.ops.dgg.lm_head_forward(*args, torch.tensor([1]), [])[4]
     count = kept(active, 2, vocabulary).sum(1)
     assert (abs(count - 4096) < 5 * 4096**0.5).all()
 
@@ -143,17 +143,17 @@ def test_opcheck(op, exact):
     hidden, weight, bias = torch.randn(5, 8), torch.randn(40, 8), torch.randn(40)
     target, seed = torch.tensor([0, 3, -1, 39, 7]), None if exact else torch.tensor([3])
     scalars = (0.9, 5.0, 2**-6)
-    args = (hidden, weight, target, bias, *scalars, None, seed)
+    args = (hidden, weight, target, bias, *scalars, None, seed, [])
     if op == "lm_head_backward":
-        _, entropy, lse, _, active = torch.ops.dgg.lm_head_forward(*args)
+        _, entropy, lse, _, active, _ = torch.ops.dgg.lm_head_forward(*args)
         c = torch.randn(2, 5)
         args = (c[0], c[1], hidden, weight, target, bias, lse, entropy, active, seed, *scalars)
-        args += (True,) * 4
+        args += (False, True, True, True, True)
     elif op == "linear_logprob":
         leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
-        args = (*leaves, target, *scalars, None, seed, None, -1, False)
+        args = (*leaves, target, *scalars, None, seed, [], None, -1, False)
         if not exact:  # the gradient is random only through its seed, which the test fixes
-            args = (*leaves, target, *scalars, torch.zeros(5), seed, None, -1, False)
+            args = (*leaves, target, *scalars, torch.zeros(5), seed, [], None, -1, False)
     torch.library.opcheck(getattr(torch.ops.dgg, op).default, args)
 
 

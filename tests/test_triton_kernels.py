@@ -17,7 +17,7 @@ if interpreting():
 elif not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in the environment", allow_module_level=True)
 
-from dgg_kernels import configs, lm_head_backward, lm_head_forward  # noqa: E402
+from dgg_kernels import configs, lm_head_backward, lm_head_forward, lm_head_screen  # noqa: E402
 from dgg_kernels.configs import GatherConfig, TileConfig  # noqa: E402
 from dgg_kernels.lm_head_forward import Entries, Head, fair_share, scan_vocabulary  # noqa: E402
 
@@ -39,7 +39,7 @@ def poisoned_empty(monkeypatch):
 
     def poisoned(*args, **options):
         out = empty(*args, **options)
-        return out.fill_(torch.nan if out.is_floating_point() else -(2**30))
+        return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).min // 2)
 
     monkeypatch.setattr(torch, "empty", poisoned)
 
@@ -115,18 +115,18 @@ class Case:
         return Head(self.hidden, self.weight, self.target, self.bias, self.temperature,
                     self.softcap, grad_eps, torch.tensor([seed]))  # fmt: skip
 
-    def forward(self, grad_eps=0.0, lse_ref=None, seed=1):
+    def forward(self, grad_eps=0.0, lse_ref=None, seed=1, screen=()):
         return lm_head_forward.lm_head_forward(
             self.hidden, self.weight, self.target, self.bias, self.temperature, self.softcap,
-            grad_eps, lse_ref, torch.tensor([seed]) if grad_eps else None,
+            grad_eps, lse_ref, torch.tensor([seed]) if grad_eps else None, screen,
         )  # fmt: skip
 
     def backward(self, forward, grad_eps=0.0, seed=1, hidden=True, weight=True, row_sq=True):
-        _, entropy, lse, _, active = forward
+        _, entropy, lse, _, active, report = forward
         return lm_head_backward.lm_head_backward(
             self.c, self.c_entropy, self.hidden, self.weight, self.target, self.bias, lse, entropy,
             active, torch.tensor([seed]) if grad_eps else None, self.temperature, self.softcap,
-            grad_eps, hidden, weight, self.bias is not None and weight, row_sq,
+            grad_eps, len(report) > 0, hidden, weight, self.bias is not None and weight, row_sq,
         )  # fmt: skip
 
 
@@ -300,7 +300,7 @@ def kept(case, grad_eps, reference, seed=1):
     """(mask [N, V] of kept entries, threshold [N]) of rows with a target."""
     rows = case.target >= 0
     packed = scan_vocabulary(case.head(grad_eps, seed), rows, reference, None)
-    entries = Entries(packed, len(rows))
+    entries = Entries(packed, len(rows), weighted=False)
     mask = torch.zeros(len(rows), case.weight.shape[0], dtype=torch.bool)
     for i in range(len(rows)):
         columns = entries.columns[entries.start[i] :][: entries.count[i]]
@@ -375,7 +375,7 @@ def test_rows_that_do_not_fit_are_thinned_without_bias(reference, monkeypatch):
     error_of_reference = {"exact": 0.0, "2 nats too low": -2.0, "9 nats too low": -9.0,
                           "unknown": torch.nan}[reference]  # fmt: skip
     results = case.forward(eps, lse_ref=lse + error_of_reference)
-    entries = Entries(results[4], N)
+    entries = Entries(results[4], N, weighted=False)
     assert entries.columns.numel() == slots * N
     assert entries.count.sum() <= slots * N
     assert entries.count.min() >= 2  # never down to the target alone
@@ -413,3 +413,82 @@ def test_an_unhelpful_reference_only_steers():
     exact = case.dense(torch.float64)[1][0]
     good = [0, 1, 2, 4, 6, 7, *range(8, 17)]  # not those a reference far too high made sparse
     assert error(gradients[0][good], exact[good]) <= 1e-2
+
+
+# -- screen ---------------------------------------------------------------------------------------
+
+KINDS = ["int8", "fp8", "bf16"]
+
+
+def screened(case, kind, grad_eps, lse_ref=None, seed=1):
+    """Forward with a screen; its results, and the report [N, 4]."""
+    dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}[kind]
+    codes = lm_head_screen.quantize_rows(case.weight, dtype)
+    return case.forward(grad_eps, lse_ref, seed, codes)
+
+
+def skip_if_unknown(kind):
+    if kind == "fp8" and interpreting():
+        pytest.skip("numpy has no fp8")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize("features", [{}, FEATURES])
+def test_screened_values_are_within_their_bound(kind, with_reference, features):
+    skip_if_unknown(kind)
+    case = Case.random(48, 4099, 70, FP32, **{**features, "scale": 3.0})
+    exact = case.dense(torch.float64)[0]
+    reference = exact[2].float() + 0.05 if with_reference else None
+    *results, active, report = screened(case, kind, 2**-8, reference)
+    rows = case.target >= 0
+    off = (results[0].double() - exact[0]).abs()
+    assert (off <= report[:, 0].clamp(min=1e-4)).all()
+    assert report[rows, 0].max() > 0 and report[rows, 0].max() <= lm_head_screen.LIMIT
+    assert (report[~rows] == 0).all()
+    for got, want, tolerance in zip(results[1:], exact[1:], (0.05, 0.01, 0.01), strict=True):
+        assert (got - want).abs().max() <= tolerance
+    entries = Entries(active, len(rows), weighted=True)
+    assert (entries.count[rows] == report[rows, 1]).all() or (report[rows, 0] < 0).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_screens_sums_and_gradients_are_unbiased(kind):
+    skip_if_unknown(kind)
+    distinct, copies, eps = 5, 64, 2**-4
+    case = repeated(distinct, copies, V=256)
+    outputs, gradients = case.dense(torch.float64)
+    *results, active, report = forward = screened(case, kind, eps)
+    if kind == "bf16":
+        assert (report[:, 0] >= 0).all()
+    off = (results[2] - outputs[2]).view(copies, distinct)
+    assert off.std(0).max() > 0 or (report[:, 0] < 0).all()
+    assert (off.mean(0).abs() <= 4 * off.std(0) / math.sqrt(copies) + 2e-6).all()
+    got = case.backward(forward, eps)
+    d_hidden = got[0].double().view(copies, distinct, -1)
+    want = gradients[0].view(copies, distinct, -1)[0]
+    single = (d_hidden - want).square().sum((1, 2)).mean().sqrt()
+    assert (d_hidden.mean(0) - want).norm() <= 1.5 / 8 * single
+    again = case.backward(screened(case, kind, eps), eps)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_the_screen_does_not_suit_are_exact(kind):
+    skip_if_unknown(kind)
+    case = Case.random(17, 1024, 64, FP32, entropy=True, scale=2.0)
+    case.hidden[0] *= 300.0  # logits of magnitude 600: a screen off by whole nats
+    case.hidden[1, 3] = 3e4  # an outlier that leaves the other features no codes
+    case.hidden[2] = torch.nan
+    reference = case.dense(torch.float64)[0][2].float()
+    reference[5], reference[6], reference[7] = 40.0, -40.0, torch.nan
+    exact = case.dense(torch.float64)[0]
+    *results, _, report = forward = screened(case, kind, 2**-6, reference)
+    unsuited = [0, 1, 2, 5, 6, 7] if kind != "bf16" else [2, 5, 6, 7]
+    assert (report[unsuited, 0] == -1).all()
+    sound = [i for i in range(17) if i not in (2, 4, 9, 14)]
+    off = (results[0] - exact[0]).abs()[sound]
+    assert (off <= report[sound, 0].clamp(min=0) + 2e-5 * exact[2].abs()[sound]).all()
+    assert results[0][2].isnan()
+    d_hidden = case.backward(forward, 2**-6)[0]
+    assert d_hidden[sound].isfinite().all()

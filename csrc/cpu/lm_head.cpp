@@ -403,11 +403,12 @@ void for_each_block(Head& head, const Tensor& x, F&& use) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
     const Tensor& hidden, const Tensor& weight, const Tensor& target,
     const std::optional<Tensor>& bias, double temperature, double softcap, double grad_eps,
     const std::optional<Tensor>& /* lse_ref: the exact one is at hand when entries are drawn */,
-    const std::optional<Tensor>& seed) {
+    const std::optional<Tensor>& seed, const std::vector<Tensor>& screen) {
+  STD_TORCH_CHECK(screen.empty(), "screen: not on a CPU yet");
   const Inputs in(hidden, weight, target);
   Head head(weight, bias, temperature, softcap);
   const bool select = seed.has_value() && grad_eps > 0;
@@ -453,7 +454,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   });
   Tensor active = select ? pack(in.hidden, rows, in.n)
                          : torch::stable::new_empty(in.hidden, {0}, ScalarType::Int);
-  return {outputs[0], outputs[1], outputs[2], outputs[3], active};
+  Tensor report = torch::stable::new_empty(in.hidden, {0, 4}, ScalarType::Float);
+  return {outputs[0], outputs[1], outputs[2], outputs[3], active, report};
 }
 
 // -- backward -----------------------------------------------------------------------------------
@@ -744,7 +746,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
     const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias,
     const Tensor& lse, const Tensor& entropy, const Tensor& active,
     const std::optional<Tensor>& seed, double temperature, double softcap, double grad_eps,
-    bool need_hidden, bool need_weight, bool need_bias, bool need_row_sq) {
+    bool /* screened */, bool need_hidden, bool need_weight, bool need_bias, bool need_row_sq) {
   const Inputs in(hidden, weight, target);
   Head head(weight, bias, temperature, softcap);
   const Tensor c = torch::stable::contiguous(grad_logp);

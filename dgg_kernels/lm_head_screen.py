@@ -1,0 +1,399 @@
+"""Triton: all logits in 8-bit arithmetic, those that matter again at full precision.
+
+Codes of hidden states and weights (int8 or fp8, one scale a row) give every logit z an estimate z~,
+cheaply. An entry is kept with probability pi = min(1, exp(z~ - threshold)), as in the forward
+without a screen, and every kept entry is computed anew from the numbers themselves. The sums over
+the vocabulary then are
+
+    sum of e^z  ~  sum over z~ < threshold of e^z~            (the tail, as screened)
+                 + sum over kept, z~ >= threshold of e^z      (exact, apart: nothing cancels)
+                 + sum over kept, z~ < threshold of (e^z - e^z~) / pi,
+
+whose last line makes it unbiased: the screen is a control variate, and the entries drawn for the
+gradient correct it. Rows that it does not suit are computed without it (see `suits`).
+"""
+
+# Triton's annotations describe a kernel's body, not its launch, and bodies are not quite Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportUnboundVariable=false, reportAttributeAccessIssue=false
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .lm_head_forward import (
+    Entries,
+    Head,
+    column_slices,
+    combine,
+    count_bits,
+    gather_rows,
+    row_blocks,
+    scale_logits,
+    scan,
+    sort_rows,
+    tile_position,
+    tile_scores,
+    uniform,
+)
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.bfloat16: 0.0}  # 0: scale 1
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def quantize_kernel(
+    x, codes, scale, norm_sq, residual_sq, D, x_stride, largest,
+    BLOCK_D: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """Codes of one row, its scale (amax / largest), and squared norms of row and rounding error."""
+    i = tl.program_id(0).to(tl.int64)
+    top = tl.zeros([BLOCK_D], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        k = d + tl.arange(0, BLOCK_D)
+        value = tl.load(x + i * x_stride + k, k < D, other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
+    step = 1.0
+    if largest > 0.0:
+        step = tl.maximum(tl.max(top, 0), 1e-30) / largest
+    square = tl.zeros([BLOCK_D], tl.float32)
+    error = tl.zeros([BLOCK_D], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        k = d + tl.arange(0, BLOCK_D)
+        value = tl.load(x + i * x_stride + k, k < D, other=0.0).to(tl.float32)
+        if INT8:
+            code = tl.floor(value / step + 0.5)
+        else:
+            code = value / step
+        rounded = code.to(codes.dtype.element_ty)
+        tl.store(codes + i * D + k, rounded, k < D)
+        off = value - rounded.to(tl.float32) * step
+        square += value * value
+        error += off * off
+    tl.store(scale + i, step)
+    tl.store(norm_sq + i, tl.sum(square, 0))
+    tl.store(residual_sq + i, tl.sum(error, 0))
+
+
+@triton.jit
+def screen_kernel(
+    x, w, x_scale, w_scale, bias, count, rows, target, threshold, seed, stats, bits,
+    num_rows, V, D, w_stride, inv_temperature, softcap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr, SELECT: tl.constexpr,
+    FLAT: tl.constexpr,
+):  # fmt: skip
+    """One pass over the screened logits z~ of the first `count` rows of codes x [num_rows, D].
+
+    SELECT, with e = exp(z~ - threshold): stats [4, vocabulary tiles, num_rows] are the sum of e
+    over all entries, and the sums of e, e (z~ - threshold) and e^2 over the tail, z~ < threshold,
+    without the target; bits as in `scan_kernel`. Else the maximum m and the sum of exp(z~ - m).
+    """
+    SLICE: tl.constexpr = BLOCK_V // PARTS
+    WORDS: tl.constexpr = SLICE // 32
+    active = tl.load(count)
+    num_tiles_v = tl.cdiv(V, BLOCK_V)
+    num_row_blocks = tl.cdiv(active, BLOCK_N)
+    num_tiles = num_row_blocks * num_tiles_v
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLAT):
+        block, tile_v = tile_position(tile, num_row_blocks, num_tiles_v, GROUP)
+        scores = tile_scores(x, w, block * BLOCK_N, tile_v * BLOCK_V, num_rows, V, D, w_stride,
+                             BLOCK_N, BLOCK_V, BLOCK_D, TMA, EVEN_D, INT8)  # fmt: skip
+        i = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        valid = i < active
+        step = tl.load(x_scale + i, valid, other=0.0)
+        if SELECT:
+            y = tl.load(target + i, valid, other=-1).to(tl.int32)
+            row = tl.load(rows + i, valid, other=0).to(tl.uint32)
+            above = tl.load(threshold + i, valid, other=0.0)
+            seed32 = tl.load(seed).to(tl.uint32)
+        m = tl.full([BLOCK_N], -1e30, tl.float32)
+        total = tl.zeros([BLOCK_N], tl.float32)
+        s = tl.zeros([BLOCK_N], tl.float32)
+        t = tl.zeros([BLOCK_N], tl.float32)
+        q = tl.zeros([BLOCK_N], tl.float32)
+        slices = column_slices(scores, BLOCK_N, BLOCK_V, PARTS)
+        for part in tl.static_range(PARTS):
+            first = tile_v * BLOCK_V + part * SLICE
+            v = first + tl.arange(0, SLICE)
+            w_step = tl.load(w_scale + v, v < V, other=0.0)
+            raw = slices[part].to(tl.float32) * step[:, None] * w_step[None, :]
+            if HAS_BIAS:
+                raw += tl.load(bias + v, v < V, other=0.0).to(tl.float32)[None, :]
+            z = scale_logits(raw, softcap, inv_temperature, SOFTCAP)
+            z = tl.where((v < V)[None, :], z, float("-inf"))
+            if SELECT:
+                hit = v[None, :] == y[:, None]
+                d = tl.minimum(z - above[:, None], 80.0)
+                e = tl.exp(d)
+                tail = tl.where((d >= 0.0) | hit, 0.0, e)
+                total += tl.sum(e, 1)
+                s += tl.sum(tail, 1)
+                t += tl.sum(tail * tl.maximum(d, -100.0), 1)
+                q += tl.sum(tail * tail, 1)
+                u = uniform(row[:, None], v.to(tl.uint32)[None, :], seed32)
+                keep = (u < e) | hit
+                grouped = tl.reshape(keep.to(tl.uint32), (BLOCK_N, WORDS, 32))
+                shift = tl.arange(0, 32).to(tl.uint32)[None, None, :]
+                word = first // 32 + tl.arange(0, WORDS)
+                num_words = tl.cdiv(V, 32)
+                tl.store(
+                    bits + i.to(tl.int64)[:, None] * num_words + word[None, :],
+                    tl.sum(grouped << shift, 2).to(tl.int32, bitcast=True),
+                    valid[:, None] & (word < num_words)[None, :],
+                )
+            else:
+                m_new = tl.maximum(m, tl.max(z, 1))
+                s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new[:, None]), 1)
+                m = m_new
+        out = stats + tile_v.to(tl.int64) * num_rows + i
+        plane = tl.cast(num_tiles_v, tl.int64) * num_rows
+        if SELECT:
+            tl.store(out, total, valid)
+            tl.store(out + plane, s, valid)
+            tl.store(out + 2 * plane, t, valid)
+            tl.store(out + 3 * plane, q, valid)
+        else:
+            tl.store(out, m, valid)
+            tl.store(out + plane, s, valid)
+
+
+@triton.jit
+def refine_kernel(
+    x, w, x_codes, w_codes, x_scale, w_scale, bias, count, rows, target, exact, threshold, lse_far,
+    tail, start, kept, columns, weights, logp, entropy, lse, sum_p2, report,
+    num_rows, D, w_stride, code_stride, inv_temperature, softcap, log_eps,
+    BLOCK_D: tl.constexpr, ENTRIES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """One row: its kept entries at full precision, their weights 1 / pi, and the row's results.
+
+    Where `exact`, the row was selected by its exact logits, and its results are there already.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    if i >= tl.load(count):
+        return
+    r = tl.load(rows + i)
+    y = tl.load(target + r)
+    above = tl.load(threshold + r)
+    first = tl.load(start + r).to(tl.int64)
+    num_entries = tl.load(kept + r)
+    is_exact = tl.load(exact + i) != 0
+    step = tl.load(x_scale + i)
+    important = tl.load(lse_far + i) + log_eps - above  # where p = eps, relative to the threshold
+    s = tl.zeros([ENTRIES], tl.float32)
+    t = tl.zeros([ENTRIES], tl.float32)
+    q = tl.zeros([ENTRIES], tl.float32)
+    missed = tl.zeros([ENTRIES], tl.float32)
+    error_sq = tl.zeros([ENTRIES], tl.float32)
+    z_target = tl.zeros([ENTRIES], tl.float32)
+    for e in range(0, num_entries, ENTRIES):
+        j = e + tl.arange(0, ENTRIES)
+        here = j < num_entries
+        v = tl.load(columns + first + j, here, other=0)
+        raw = tl.zeros([ENTRIES], tl.float32)
+        if INT8:
+            coded = tl.zeros([ENTRIES], tl.int32)
+        else:
+            coded = tl.zeros([ENTRIES], tl.float32)
+        for d in range(0, D, BLOCK_D):
+            k = d + tl.arange(0, BLOCK_D)
+            inside = here[:, None] & (k < D)[None, :]
+            at = v.to(tl.int64)[:, None]
+            piece = tl.load(w + at * w_stride + k[None, :], inside, other=0.0).to(tl.float32)
+            x_piece = tl.load(x + i * D + k, k < D, other=0.0).to(tl.float32)
+            raw += tl.sum(piece * x_piece[None, :], 1)
+            if INT8:
+                code = tl.load(w_codes + at * code_stride + k[None, :], inside, other=0)
+                x_code = tl.load(x_codes + i * D + k, k < D, other=0)
+                coded += tl.sum(code.to(tl.int32) * x_code.to(tl.int32)[None, :], 1)
+            else:
+                code = tl.load(w_codes + at * code_stride + k[None, :], inside, other=0.0)
+                x_code = tl.load(x_codes + i * D + k, k < D, other=0.0)
+                coded += tl.sum(code.to(tl.float32) * x_code.to(tl.float32)[None, :], 1)
+        rough = coded.to(tl.float32) * step * tl.load(w_scale + v, here, other=0.0)
+        if HAS_BIAS:
+            b = tl.load(bias + v, here, other=0.0).to(tl.float32)
+            raw += b
+            rough += b
+        # Both relative to the threshold.
+        z = scale_logits(raw, softcap, inv_temperature, SOFTCAP) - above
+        z_far = scale_logits(rough, softcap, inv_temperature, SOFTCAP) - above
+        z_far = tl.where(is_exact, z, z_far)
+        hit = v == y
+        certain = (z_far >= 0.0) | hit
+        # u is a multiple of 2^-24, so u < pi has probability ceil(2^24 pi) / 2^24.
+        pi = tl.exp(tl.minimum(z_far, 0.0))
+        weight = 16777216.0 / tl.maximum(tl.ceil(pi * 16777216.0), 1.0)
+        weight = tl.where(certain, 1.0, weight)
+        tl.store(weights + first + j, weight, here)
+        a = tl.where(here, tl.exp(tl.minimum(z, 80.0)), 0.0)
+        b_far = tl.where(certain, 0.0, tl.where(here, pi, 0.0))
+        z_low = tl.maximum(z, -100.0)
+        s += weight * (a - b_far)
+        t += weight * (a * z_low - b_far * tl.maximum(z_far, -100.0))
+        q += weight * (a * a - b_far * b_far)
+        missed += tl.where(here & (z > important), weight - 1.0, 0.0)
+        off = tl.where(here, z - z_far, 0.0)
+        error_sq += off * off
+        z_target += tl.where(hit & here, z, 0.0)
+    if is_exact:
+        return
+    S = tl.load(tail + i) + tl.sum(s, 0)
+    T = tl.load(tail + num_rows + i) + tl.sum(t, 0)
+    Q = tl.load(tail + 2 * num_rows + i) + tl.sum(q, 0)
+    log_s = tl.log(S)
+    tl.store(lse + r, above + log_s)
+    tl.store(logp + r, tl.sum(z_target, 0) - log_s)
+    tl.store(entropy + r, log_s - T / S)
+    tl.store(sum_p2 + r, Q / (S * S))
+    tl.store(report + r * 4 + 1, num_entries.to(tl.float32))
+    tl.store(report + r * 4 + 2, tl.sum(error_sq, 0))
+    tl.store(report + r * 4 + 3, tl.sum(missed, 0))
+
+
+# -- host -----------------------------------------------------------------------------------------
+
+
+class Codes(NamedTuple):
+    """Rows of 8-bit codes: row i is about scale[i] * codes[i]."""
+
+    codes: Tensor  # [R, D] int8 or float8_e4m3fn
+    scale: Tensor  # [R] fp32
+    norm_sq: Tensor  # [R] fp32, of the rows themselves
+    residual_sq: Tensor  # [R] fp32, of what the codes leave out
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> Codes:
+    """Codes of x [R, D], one scale a row."""
+    R, D = x.shape
+    codes = torch.empty(R, D, dtype=dtype, device=x.device)
+    scale, norm_sq, residual_sq = (torch.empty(R, device=x.device) for _ in range(3))
+    if R > 0:
+        quantize_kernel[(R,)](
+            x, codes, scale, norm_sq, residual_sq, D, x.stride(0), LARGEST[dtype],
+            BLOCK_D=min(4096, triton.next_power_of_2(D)), INT8=dtype == torch.int8,
+        )  # fmt: skip
+    return Codes(codes, scale, norm_sq, residual_sq)
+
+
+# Standard deviations of the screen's error that the threshold is lowered by: an entry with p > eps
+# then is kept with certainty but for one in a thousand or so.
+MARGIN = 3.0
+# The bound on a row's log-prob error is so many standard deviations of the sums' own error.
+BOUND = 5.0
+# Rows whose bound is higher, in nats, are computed exactly.
+LIMIT = 1e-2
+# And so are rows whose reference is off by more, in nats: the draw would be a poor one.
+REFERENCE_OFF = 1.0
+
+
+def screen_vocabulary(
+    head: Head,
+    screen: Sequence[Tensor],  # codes, scale, norm_sq, residual_sq of the weight
+    mask: Tensor,  # [N] bool: rows with work
+    reference: Tensor | None,  # [N] fp32: an estimate of lse
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],  # logp, entropy, lse, sum_p2 [N]
+    report: Tensor,  # [N, 4] fp32: bound (-1: exact), entries refined, squared error, missed
+) -> Tensor:
+    """Goes over all screened logits, by blocks of rows; returns the kept entries."""
+    _, V, D = head.sizes
+    entries = Entries.empty(head, weighted=True)
+    weight = Codes(*screen)
+    block_v = min(head.tile_of(t).block_v for t in (head.hidden, weight.codes))
+    row_bytes = 2 * D * (head.hidden.element_size() + weight.codes.element_size())
+    row_bytes += 16 * triton.cdiv(V, block_v) + 4 * triton.cdiv(V, 32)
+    for first, rows, count, x in row_blocks(head, mask, row_bytes):
+        M = len(rows)
+        device = x.device
+        here = torch.arange(M, device=device) < count
+        log_eps = math.log(head.grad_eps)
+        codes = quantize_rows(x, weight.codes.dtype)
+        # What codes leave out acts like noise on every product: its standard deviation, in nats.
+        noise_sq = codes.residual_sq * weight.norm_sq.mean()
+        noise_sq += codes.norm_sq * weight.residual_sq.mean()
+        sigma = noise_sq.div(D).sqrt() / head.temperature
+        ref = rough_lse(head, weight, codes, count, rows) if reference is None else reference[rows]
+        threshold = ref + (log_eps - MARGIN * sigma)
+        bits = torch.empty(M, triton.cdiv(V, 32), dtype=torch.int32, device=device)
+        stats = screened_scan(head, weight, codes, count, rows, threshold, bits)
+        total, *tail = (plane.sum(0) for plane in stats.unbind(0))
+        del stats
+        far_lse = threshold + total.log()
+        bound = BOUND * sigma * (tail[0] / total.square()).sqrt()
+        suits = (bound <= LIMIT) & ((far_lse - ref).abs() <= REFERENCE_OFF)
+        suits &= count_bits(head, bits, count) <= entries.slots
+        exact = here & ~suits
+        # The other rows are selected, and summed up, by their exact logits.
+        threshold = torch.where(exact, far_lse.where(far_lse.isfinite(), ref) + log_eps, threshold)
+        scan_exactly(head, x, exact, rows, threshold, bits, outputs)
+        entries.add(head, x, count, rows, threshold, bits, outputs[2][rows], first)
+        report[rows, 0] = torch.where(exact, -1.0, torch.where(here, bound, 0.0))
+        gather = head.config.refine.options(D, head.weight.element_size())
+        refine_kernel[(M,)](
+            x, head.weight, codes.codes, weight.codes, codes.scale, weight.scale, head.bias, count,
+            rows, head.target, exact, entries.threshold, far_lse, torch.stack(tail), entries.start,
+            entries.count, entries.columns, entries.weights, *outputs, report,
+            M, D, head.weight.stride(0), weight.codes.stride(0), *head.scalars, log_eps,
+            INT8=weight.codes.dtype == torch.int8, **head.switches, **gather,
+        )  # fmt: skip
+    return entries.packed
+
+
+def rough_lse(head: Head, weight: Codes, codes: Codes, count: Tensor, rows: Tensor) -> Tensor:
+    """Log-sum-exp of the screened logits [M] fp32."""
+    m, s, _, _ = screened_scan(head, weight, codes, count, rows, None, None).unbind(0)
+    top = m.amax(0)
+    return top + (s * (m - top).exp()).sum(0).log()
+
+
+def scan_exactly(
+    head: Head,
+    x: Tensor,  # [M, D]
+    chosen: Tensor,  # [M] bool
+    rows: Tensor,  # [M] int64
+    threshold: Tensor,  # [M] fp32
+    bits: Tensor,  # [M, words], written anew for the chosen rows
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """Results and selection of some rows of a block without the screen."""
+    M = len(rows)
+    place, count = sort_rows(chosen)
+    tiles = triton.cdiv(head.weight.shape[0], head.tile_of(head.hidden).block_v)
+    stats = torch.empty(4, tiles, M, dtype=torch.float32, device=x.device)
+    target_logit = torch.empty(M, dtype=torch.float32, device=x.device)
+    gathered = gather_rows(head, x, place, count)
+    scan(head, gathered, count, place, rows, threshold, bits, stats, target_logit)
+    combine(stats, target_logit, count, place, rows, outputs)
+
+
+def screened_scan(
+    head: Head,
+    weight: Codes,
+    hidden: Codes,  # of the block's M rows
+    count: Tensor,  # [1] int32: rows that are there
+    rows: Tensor,  # [M] int64
+    threshold: Tensor | None,  # [M] fp32, with
+    bits: Tensor | None,  # [M, words] int32, written
+) -> Tensor:
+    """Runs `screen_kernel`; stats [4, tiles, M]."""
+    M, D = hidden.codes.shape
+    V = weight.codes.shape[0]
+    tile = head.tile_of(weight.codes)
+    operands, options = head.operands(hidden.codes, weight.codes)
+    tiles = triton.cdiv(V, tile.block_v)
+    stats = torch.zeros(4, tiles, M, dtype=torch.float32, device=hidden.codes.device)
+    screen_kernel[(head.programs(hidden.codes, V),)](
+        *operands, hidden.scale, weight.scale, head.bias, count, rows, head.target[rows], threshold,
+        head.seed, stats, bits, M, V, D, weight.codes.stride(0), *head.scalars,
+        INT8=weight.codes.dtype == torch.int8, SELECT=bits is not None, FLAT=tile.flat,
+        **head.switches, **options,
+    )  # fmt: skip
+    return stats
