@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from dgg_kernels import linear_logprob
 Peer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def ours(hidden: Tensor, weight: Tensor, target: Tensor, lse_ref: Tensor | None = None) -> Tensor:
-    return linear_logprob(hidden, weight, target, lse_ref=lse_ref).logp
+def ours(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return linear_logprob(hidden, weight, target, **options).logp
 
 
 def ours_exact(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -96,11 +96,11 @@ def _lifted(hidden: Tensor, weight: Tensor, D: int, V: int) -> tuple[Tensor, Ten
     """
     device = hidden.device
     rng = torch.Generator(device).manual_seed(4)
-    if V > weight.shape[0]:
+    if weight.shape[0] < V:
         a, b = torch.randint(weight.shape[0], (2, V - weight.shape[0]), generator=rng,
                              device=device)  # fmt: skip
         weight = torch.cat((weight, (weight[a] + weight[b]) / 2))
-    if D > hidden.shape[1]:
+    if hidden.shape[1] < D:
         gaussian = torch.randn(D, hidden.shape[1], generator=rng, device=device)
         basis = torch.linalg.qr(gaussian).Q
         hidden, weight = hidden @ basis.T, weight[:V] @ basis.T

@@ -17,9 +17,9 @@ if interpreting():
 elif not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in the environment", allow_module_level=True)
 
-from dgg_kernels import configs, lm_head_backward, lm_head_forward, lm_head_screen  # noqa: E402
-from dgg_kernels.configs import GatherConfig, TileConfig  # noqa: E402
-from dgg_kernels.lm_head_forward import Entries, Head, fair_share, scan_vocabulary  # noqa: E402
+from dgg_kernels import configs, lm_head_backward, lm_head_forward, lm_head_screen
+from dgg_kernels.configs import GatherConfig, TileConfig
+from dgg_kernels.lm_head_forward import Entries, Head, fair_share, scan_vocabulary
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DEVICE = torch.device("cpu" if interpreting() else "cuda")
