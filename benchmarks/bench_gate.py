@@ -112,13 +112,17 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--features", type=int, help="D, if larger than the model's 576")
+    parser.add_argument("--vocabulary", type=int, help="V, if other than the model's 49152")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    rows = real_rows(args.rows, device=device)
+    rows = real_rows(args.rows, device=device, dtype=getattr(torch, args.dtype),
+                     D=args.features, V=args.vocabulary)  # fmt: skip
     console = Console()
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=(args.rounds + 1) * len(LOOPS))

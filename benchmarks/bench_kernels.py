@@ -1,7 +1,7 @@
 """Where a GPU's time goes in the lm_head: ceilings first, then every kernel, then other tiles.
 
     python -m benchmarks.bench_kernels                 # N=8192, D=4096, V=131072, bf16
-    python -m benchmarks.bench_kernels --tune          # also times configs.TILE_CANDIDATES
+    python -m benchmarks.bench_kernels --tune          # also times configs.CANDIDATES
 
 Ceilings are a device-to-device copy (bytes read plus written) and the bare product
 `hidden @ weight.T` of the same shape. Times are medians of CUDA events.
@@ -81,7 +81,7 @@ def steps(rows: Rows, c: torch.Tensor) -> dict[str, Callable[[], None]]:
 
 
 def accuracy(rows: Rows) -> dict[str, dict[str, float]]:
-    """Error of log-prob and gradient-free results against fp64 logits, and the screen's own word."""
+    """Error of the log-prob against fp64, and what the screen says of itself."""
     leaves = (rows.hidden.detach(), rows.weight.detach())
     exact = []
     weight = leaves[1].double()
@@ -134,12 +134,22 @@ def kernels(run: Callable[[], None], rounds: int = 3) -> dict[str, dict[str, flo
     return dict(sorted(found.items(), key=lambda item: -item[1]["ms"]))
 
 
+# Field of the configuration -> the kernel that it shapes, and the steps to time it in.
+TUNED = {
+    "tile": ("scan_kernel", ("forward alone", "with lse_ref")),
+    "tile_8bit": ("screen_kernel", ("screen int8, with lse_ref", "screen fp8, with lse_ref")),
+    "owner": ("owner_kernel", ("with lse_ref",)),
+    "row": ("row_kernel", ("with lse_ref",)),
+    "refine": ("refine_kernel", ("screen int8, with lse_ref",)),
+}
+
+
 @contextmanager
-def use_tile(architecture: str, field: str, tile: configs.TileConfig) -> Iterator[None]:
-    """The kernels with another tile, for the time of a with block."""
+def use_config(architecture: str, **fields: Any) -> Iterator[None]:
+    """The kernels with another configuration, for the time of a with block."""
     before = configs.CONFIGS.get(architecture)
     now = configs.config_for(architecture)
-    configs.CONFIGS[architecture] = replace(now, **{field: tile})
+    configs.CONFIGS[architecture] = replace(now, **fields)
     try:
         yield
     finally:
@@ -150,39 +160,25 @@ def use_tile(architecture: str, field: str, tile: configs.TileConfig) -> Iterato
 
 
 def tune(rows: Rows, c: torch.Tensor, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Milliseconds of every candidate tile, round by round in turn, so that a hot GPU hits all."""
+    """Milliseconds of a kernel with every candidate configuration, the one in use first."""
     from dgg_kernels.lm_head_forward import architecture
 
     name = architecture(rows.hidden.device)
     config = configs.config_for(name)
+    runs = steps(rows, c)
     found = []
-    for field, candidates in (
-        ("tile", configs.TILE_CANDIDATES), ("tile_8bit", configs.TILE_8BIT_CANDIDATES)
-    ):  # fmt: skip
-        chosen = [s for s in steps(rows, c) if s.startswith("screen") == (field == "tile_8bit")]
-        chosen = [s for s in chosen if s != "grad_eps=0"]
-        results = [
-            {"field": field, "tile": tile, "ms": {step: [] for step in chosen}}
-            for tile in (getattr(config, field), *candidates.get(config.name, ()))
-        ]
-        for round_ in range(4):
-            for result in results:
-                with use_tile(name, field, result["tile"]):
-                    for step, run in steps(rows, c).items():
-                        if step not in chosen or "error" in result:
-                            continue
-                        try:
-                            ms = milliseconds(run, 2)
-                        except Exception as error:  # one that does not fit is a result, too
-                            result["error"] = f"{type(error).__name__}: {str(error)[:100]}"
-                            continue
-                        if round_:
-                            result["ms"][step].append(ms)
-        for result in results:
-            medians = {s: common.summary(v)["median"] for s, v in result["ms"].items() if v}
-            numbers = ", ".join(f"{step} {ms:.2f}" for step, ms in medians.items())
-            say(f"{field} {result['tile']}: {numbers} {result.get('error', '')}")
-            found.append({**result, "tile": asdict(result["tile"]), "ms": medians})
+    for field, (kernel, chosen) in TUNED.items():
+        for candidate in (getattr(config, field), *configs.CANDIDATES[config.name].get(field, ())):
+            result: dict[str, Any] = {"field": field, "config": asdict(candidate), "ms": {}}
+            with use_config(name, **{field: candidate}):
+                for step in chosen:
+                    time.sleep(0.1)
+                    try:
+                        result["ms"][step] = kernels(runs[step])[kernel]["ms"]
+                    except Exception as error:  # one that does not fit is a result, too
+                        result["ms"][step] = f"{type(error).__name__}: {str(error)[:100]}"
+            say(f"{field} {candidate}: {result['ms']}")
+            found.append(result)
     return found
 
 

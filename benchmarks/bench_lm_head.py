@@ -147,8 +147,9 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def show(record: dict[str, Any], console: Console) -> None:
     """The record as a table."""
     shape, of = record["shape"], record["stamp"]
-    title = f"N={shape['N']} D={shape['D']} V={shape['V']} {record['dtype']}, entropy {record['entropy']:.2f}, "
-    title += f"{record['zero_rows']:.0%} rows with c=0; {of['device']}, {of['threads']} thread(s)"
+    title = f"N={shape['N']} D={shape['D']} V={shape['V']} {record['dtype']}, "
+    title += f"entropy {record['entropy']:.2f}, {record['zero_rows']:.0%} rows with c=0; "
+    title += f"{of['device']}, {of['threads']} thread(s)"
     table = Table(title=title)
     table.add_column("", no_wrap=True)
     for column in (

@@ -67,7 +67,20 @@ def gpu_stages() -> list[Stage]:
         Stage("tests", [*pytest(6), "tests/gpu", "tests/test_triton_kernels.py"], 3, False),
         Stage("kernels", python("benchmarks.bench_kernels", "--tune", "--save", "kernels_gpu"), 2),
         Stage("head", head("gpu", *bf16, *LARGE, "--temperature", "0.6"), 3),
-        Stage("gate", python("benchmarks.bench_gate", "--device", "cuda", "--save", "gate_gpu"), 1),
+        Stage(
+            "gate",
+            python(
+                "benchmarks.bench_gate",
+                "--device",
+                "cuda",
+                "--dtype",
+                "bfloat16",
+                *LARGE,
+                "--save",
+                "gate_gpu",
+            ),
+            1,
+        ),
     ]
     if sanitizer := shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):

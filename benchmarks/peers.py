@@ -8,6 +8,9 @@ To add one: write its function, and name it in PEERS.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -75,17 +78,32 @@ def _cut_cross_entropy(impl: str) -> Peer:
 
 
 def quack(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """QuACK's chunked linear cross-entropy."""
-    from quack.linear_cross_entropy import linear_cross_entropy
+    """QuACK's cross-entropy behind a linear layer: its chunked head has no loss per token."""
+    from quack.linear_cross_entropy import linear_cross_entropy_func
 
-    return -linear_cross_entropy(hidden, weight, None, target, reduction="none")
+    return -linear_cross_entropy_func(hidden, weight, None, target, reduction="none")
 
 
 def verl(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """verl's Triton head."""
-    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
-
+    linear_cross_entropy = importlib.import_module(_VERL).linear_cross_entropy
     return linear_cross_entropy(hidden, weight, target, 1.0, "none")[0]
+
+
+_VERL = "verl.utils.kernel.linear_cross_entropy"
+
+
+def _import(module: str) -> None:
+    """Import a peer's module; of verl the head alone, for its package wants ray and tensordict."""
+    if module == _VERL and "verl" not in sys.modules and (spec := importlib.util.find_spec("verl")):
+        for name, folders in (
+            ("verl", list(spec.submodule_search_locations or ())),
+            ("verl.utils", [f"{f}/utils" for f in spec.submodule_search_locations or ()]),
+        ):
+            package = types.ModuleType(name)
+            package.__path__ = folders
+            sys.modules[name] = package
+    importlib.import_module(module)
 
 
 # name -> (function, module it needs, devices)
@@ -106,7 +124,7 @@ PEERS: dict[str, tuple[Peer, str, tuple[str, ...]]] = {
     ),
     "Cut Cross-Entropy": (_cut_cross_entropy("cce"), "cut_cross_entropy", ("cuda",)),
     "QuACK": (quack, "quack.linear_cross_entropy", ("cuda",)),
-    "verl": (verl, "verl.utils.kernel.linear_cross_entropy", ("cuda",)),
+    "verl": (verl, _VERL, ("cuda",)),
 }  # fmt: skip
 
 
@@ -117,7 +135,7 @@ def available(device: str) -> tuple[dict[str, Peer], dict[str, str]]:
         if device not in devices:
             continue
         try:
-            importlib.import_module(module)
+            _import(module)
         except Exception as error:  # a broken peer must not break the benchmark
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
             continue

@@ -1,7 +1,7 @@
 """Named, frozen launch configurations of the lm_head kernels, one set per GPU architecture.
 
 Nothing is tuned at run time: the same machine always runs the same kernel, so that results are
-reproducible to the bit. `TILE_CANDIDATES` lists what a benchmark may try instead.
+reproducible to the bit. `CANDIDATES` lists what a benchmark may try instead.
 """
 
 from dataclasses import dataclass
@@ -68,12 +68,12 @@ class BitsConfig:
 class KernelConfig:
     """Everything that is launched on one architecture.
 
-    `tile` serves 16-bit inputs, `tile_8bit` the codes of a screen, `tile_crowded` those with bias and softcap together where `tile`
-    would spill, `tile_fp32` fp32 inputs (fused multiply-adds: tf32 would cost the accuracy that
-    fp32 is chosen for). `row` is the backward's pass over the entries of one row, which holds the
-    whole row in registers up to `row.block_d`; `pieces` is the same pass where it cannot, or need
-    not since no dX is wanted. `owner` writes one row of dW, `refine` computes a row's kept entries
-    anew.
+    `tile` serves 16-bit inputs, `tile_8bit` the codes of a screen, `tile_crowded` 16-bit inputs
+    with bias and softcap together where `tile` would spill, `tile_fp32` fp32 inputs (fused
+    multiply-adds: tf32 would cost the accuracy that fp32 is chosen for). `row` is the backward's
+    pass over the entries of one row, which holds the whole row in registers up to `row.block_d`;
+    `pieces` is the same pass where it cannot, or need not since no dX is wanted. `owner` writes one
+    row of dW, `refine` computes a row's kept entries anew.
     """
 
     name: str
@@ -116,34 +116,58 @@ CONFIGS = {
     ),
 }
 
-# For a benchmark to try; none of it is read by the kernels.
-TILE_8BIT_CANDIDATES = {
-    "sm_90": [
-        TileConfig(128, 128, 128, num_warps=4, num_stages=3, parts=4, tma=True, programs_per_sm=2),
-        TileConfig(128, 128, 128, num_warps=8, num_stages=3, parts=4, tma=True, programs_per_sm=2),
-        TileConfig(128, 128, 128, num_warps=8, num_stages=4, parts=4, tma=True, flat=True),
-        TileConfig(256, 128, 128, num_warps=8, num_stages=4, parts=4, tma=True),
-    ],
-}
-TILE_CANDIDATES = {
-    "sm_80": [
-        TileConfig(128, 128, 32, num_warps=8, num_stages=4),
-        TileConfig(128, 128, 64, num_warps=8, num_stages=4),
-        TileConfig(64, 256, 32, num_warps=8, num_stages=4),
-    ],
-    "sm_90": [
-        TileConfig(128, 128, 64, num_warps=8, num_stages=4, parts=4, tma=True, flat=True),
-        # Two programs share a multiprocessor: one's epilogue under the other's products. Spills a
-        # little with triton 3.7, not with 3.6.
-        TileConfig(128, 128, 64, num_warps=4, num_stages=3, parts=4, tma=True, programs_per_sm=2),
-        # Spills with triton 3.6, not with 3.7.
-        TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True, flat=True),
-    ],
-    "sm_100": [
-        TileConfig(128, 128, 64, num_warps=8, num_stages=4, parts=4, tma=True, flat=True),
-        TileConfig(128, 256, 64, num_warps=8, num_stages=3, parts=4, tma=True, flat=True),
-    ],
-    "gfx942": [TileConfig(256, 128, 64, num_warps=8, num_stages=2)],
+# For a benchmark to try, by architecture and field of its configuration; not read by the kernels.
+CANDIDATES: dict[str, dict[str, list[TileConfig] | list[GatherConfig]]] = {
+    "sm_80": {
+        "tile": [
+            TileConfig(128, 128, 32, num_warps=8, num_stages=4),
+            TileConfig(128, 128, 64, num_warps=8, num_stages=4),
+            TileConfig(64, 256, 32, num_warps=8, num_stages=4),
+        ]
+    },
+    "sm_90": {
+        "tile": [
+            TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True, group=16),
+            TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True, flat=True),
+            TileConfig(128, 256, 64, 8, 4, parts=4, tma=True, flat=True, group=16),
+            TileConfig(128, 256, 64, 8, 4, parts=2, tma=True, group=16),
+        ],
+        "tile_8bit": [
+            TileConfig(128, 256, 128, 8, 3, parts=4, tma=True, flat=True, group=16),
+            TileConfig(128, 256, 128, 8, 3, parts=4, tma=True, flat=True, group=32),
+            TileConfig(128, 256, 128, 8, 4, parts=4, tma=True, group=16),
+            TileConfig(128, 128, 128, 4, 3, parts=4, tma=True, programs_per_sm=2, group=16),
+            TileConfig(128, 128, 128, 4, 3, parts=4, tma=True, programs_per_sm=2, group=32),
+            TileConfig(256, 128, 128, 8, 4, parts=4, tma=True, group=8),
+        ],
+        "owner": [
+            GatherConfig(block_d=4096, group=4, warp_d=512),
+            GatherConfig(block_d=4096, group=8, warp_d=512),
+            GatherConfig(block_d=2048, group=8, warp_d=256),
+            GatherConfig(block_d=2048, group=4, warp_d=512),
+            GatherConfig(block_d=4096, group=2, warp_d=1024),
+        ],
+        "row": [
+            GatherConfig(block_d=8192, group=8, warp_d=512),
+            GatherConfig(block_d=8192, group=2, warp_d=512),
+            GatherConfig(block_d=8192, group=4, warp_d=1024),
+            GatherConfig(block_d=8192, group=8, warp_d=256),
+        ],
+        "refine": [
+            GatherConfig(block_d=4096, group=4, warp_d=512),
+            GatherConfig(block_d=2048, group=8, warp_d=512),
+            GatherConfig(block_d=1024, group=16, warp_d=256),
+            GatherConfig(block_d=1024, group=4, warp_d=256),
+            GatherConfig(block_d=512, group=16, warp_d=128),
+        ],
+    },
+    "sm_100": {
+        "tile": [
+            TileConfig(128, 128, 64, num_warps=8, num_stages=4, parts=4, tma=True, flat=True),
+            TileConfig(128, 256, 64, num_warps=8, num_stages=3, parts=4, tma=True, flat=True),
+        ]
+    },
+    "gfx942": {"tile": [TileConfig(256, 128, 64, num_warps=8, num_stages=2)]},
 }
 
 

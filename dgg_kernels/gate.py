@@ -477,6 +477,8 @@ class GradientGate:
         if head and self._head_grad is not None:
             gradient, scaled = self._head_grad, True
         elif head and self._backwards == 1 and (self._grad_was_empty or frozen) and _alone():
+            if self._scaler is None:
+                return self.row_sq, True
             return self.row_sq / self._loss_scale().square(), True
         elif frozen:
             raise RuntimeError(

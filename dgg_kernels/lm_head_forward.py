@@ -532,12 +532,12 @@ class Entries:
         log_eps = math.log(head.grad_eps)
         kept = count_bits(head, bits, active)
         limit = fair_share(kept, slots * M)
-        # On the last rung 8 times fewer entries are expected than there are slots.
-        rungs = 0 if slots >= V else 1 + max(0, math.ceil(math.log(8 / slots, 4) - log_eps / LOG_4))
-        for _ in range(rungs):
+        # The first rung also mends a reference that was far too low. On the last, 4 times fewer
+        # entries are expected than there are slots, whatever the distribution.
+        last = max(math.log(4 / slots), log_eps + LOG_4)
+        for rung in () if slots >= V else (log_eps, last):
             overflow = kept > limit
-            # The first rung also mends a reference that was far too low.
-            raised = torch.maximum(threshold + LOG_4, lse + log_eps)
+            raised = torch.maximum(threshold + LOG_4, lse + rung)
             threshold = torch.where(overflow, raised, threshold)
             place, count = sort_rows(overflow)
             scan(head, gather_rows(head, x, place, count), count, place, rows, threshold, bits)
@@ -633,6 +633,8 @@ def row_blocks(
     """Rows with work, in blocks that the workspace holds: first, their indices, count, hidden."""
     order, total = sort_rows(mask)
     size = max(128, WORKSPACE_BYTES // row_bytes // 128 * 128)
+    blocks = max(1, triton.cdiv(len(mask), size))
+    size = max(128, triton.cdiv(len(mask), 128 * blocks) * 128)  # all of one size
     for first in range(0, len(mask), size):
         rows = order[first : first + size]
         count = (total - first).clamp(0, len(rows))
@@ -653,9 +655,10 @@ def lm_head_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, lse, sum_p2 [N] fp32 (0 where ignored), the kept entries, the screen's report.
 
-    The entries are empty unless seed, grad_eps > 0 and lse_ref are all there: without a reference the
-    backward selects, when the log-sum-exp is known. A reference that is not finite counts as one
-    that is far too low: such a row is drawn again with its exact log-sum-exp.
+    The entries are empty unless seed, grad_eps > 0 and lse_ref are all there: without a reference
+    the backward selects, when the log-sum-exp is known (a screen finds its own). A reference that
+    is not finite counts as one that is far too low: such a row is drawn again with its exact
+    log-sum-exp.
     """
     N = hidden.shape[0]
     bias = None if bias is None else bias.contiguous()

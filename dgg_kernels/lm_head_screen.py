@@ -44,7 +44,27 @@ from .lm_head_forward import (
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.bfloat16: 0.0}  # 0: scale 1
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
 # -- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def above_threshold(
+    coded, step, w_step, bias, above, inv_temperature, softcap,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """log2(e) (z~ - threshold) from products of codes: what exp2 wants, in two operations."""
+    if HAS_BIAS or SOFTCAP:
+        raw = coded.to(tl.float32) * step * w_step
+        if HAS_BIAS:
+            raw += bias
+        d = (scale_logits(raw, softcap, inv_temperature, SOFTCAP) - above) * LOG2_E
+        d = tl.maximum(d, -1e4)  # 0 log 0 = 0: a banned token has no part
+    else:
+        d = coded.to(tl.float32) * (step * (inv_temperature * LOG2_E)) * w_step - above * LOG2_E
+    return d
 
 
 @triton.jit
@@ -83,7 +103,7 @@ def quantize_kernel(
 
 @triton.jit
 def screen_kernel(
-    x, w, x_scale, w_scale, bias, count, rows, target, threshold, seed, stats, bits,
+    x, w, x_scale, w_scale, bias, count, rows, threshold, seed, stats, bits,
     num_rows, V, D, w_stride, inv_temperature, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
@@ -92,9 +112,9 @@ def screen_kernel(
 ):  # fmt: skip
     """One pass over the screened logits z~ of the first `count` rows of codes x [num_rows, D].
 
-    SELECT, with e = exp(z~ - threshold): stats [4, vocabulary tiles, num_rows] are the sum of e
-    over all entries, and the sums of e, e (z~ - threshold) and e^2 over the tail, z~ < threshold,
-    without the target; bits as in `scan_kernel`. Else the maximum m and the sum of exp(z~ - m).
+    SELECT, with e = exp(z~ - threshold): stats [3, vocabulary tiles, num_rows] are the sum of e
+    over all entries, and the sums of e and e (z~ - threshold) over the tail, z~ < threshold; bits
+    as in `scan_kernel`, but for the target's. Else the maximum m and the sum of exp(z~ - m).
     """
     SLICE: tl.constexpr = BLOCK_V // PARTS
     WORDS: tl.constexpr = SLICE // 32
@@ -109,8 +129,8 @@ def screen_kernel(
         i = block * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = i < active
         step = tl.load(x_scale + i, valid, other=0.0)
+        above = tl.zeros([BLOCK_N], tl.float32)
         if SELECT:
-            y = tl.load(target + i, valid, other=-1).to(tl.int32)
             row = tl.load(rows + i, valid, other=0).to(tl.uint32)
             above = tl.load(threshold + i, valid, other=0.0)
             seed32 = tl.load(seed).to(tl.uint32)
@@ -118,28 +138,25 @@ def screen_kernel(
         total = tl.zeros([BLOCK_N], tl.float32)
         s = tl.zeros([BLOCK_N], tl.float32)
         t = tl.zeros([BLOCK_N], tl.float32)
-        q = tl.zeros([BLOCK_N], tl.float32)
         slices = column_slices(scores, BLOCK_N, BLOCK_V, PARTS)
         for part in tl.static_range(PARTS):
             first = tile_v * BLOCK_V + part * SLICE
             v = first + tl.arange(0, SLICE)
             w_step = tl.load(w_scale + v, v < V, other=0.0)
-            raw = slices[part].to(tl.float32) * step[:, None] * w_step[None, :]
+            b = tl.zeros([SLICE], tl.float32)
             if HAS_BIAS:
-                raw += tl.load(bias + v, v < V, other=0.0).to(tl.float32)[None, :]
-            z = scale_logits(raw, softcap, inv_temperature, SOFTCAP)
-            z = tl.where((v < V)[None, :], z, float("-inf"))
+                b = tl.load(bias + v, v < V, other=0.0).to(tl.float32)
+            d = above_threshold(slices[part], step[:, None], w_step[None, :], b[None, :],
+                                above[:, None], inv_temperature, softcap,
+                                HAS_BIAS, SOFTCAP)  # fmt: skip
+            d = tl.where((v < V)[None, :], d, -1e4)
             if SELECT:
-                hit = v[None, :] == y[:, None]
-                d = tl.minimum(z - above[:, None], 80.0)
-                e = tl.exp(d)
-                tail = tl.where((d >= 0.0) | hit, 0.0, e)
+                e = tl.exp2(d)
+                tail = tl.where(d >= 0.0, 0.0, e)
                 total += tl.sum(e, 1)
                 s += tl.sum(tail, 1)
-                t += tl.sum(tail * tl.maximum(d, -100.0), 1)
-                q += tl.sum(tail * tail, 1)
-                u = uniform(row[:, None], v.to(tl.uint32)[None, :], seed32)
-                keep = (u < e) | hit
+                t += tl.sum(tail * d, 1)
+                keep = uniform(row[:, None], v.to(tl.uint32)[None, :], seed32) < e
                 grouped = tl.reshape(keep.to(tl.uint32), (BLOCK_N, WORDS, 32))
                 shift = tl.arange(0, 32).to(tl.uint32)[None, None, :]
                 word = first // 32 + tl.arange(0, WORDS)
@@ -150,18 +167,17 @@ def screen_kernel(
                     valid[:, None] & (word < num_words)[None, :],
                 )
             else:
-                m_new = tl.maximum(m, tl.max(z, 1))
-                s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new[:, None]), 1)
+                m_new = tl.maximum(m, tl.max(d, 1))
+                s = s * tl.exp2(m - m_new) + tl.sum(tl.exp2(d - m_new[:, None]), 1)
                 m = m_new
         out = stats + tile_v.to(tl.int64) * num_rows + i
         plane = tl.cast(num_tiles_v, tl.int64) * num_rows
         if SELECT:
             tl.store(out, total, valid)
             tl.store(out + plane, s, valid)
-            tl.store(out + 2 * plane, t, valid)
-            tl.store(out + 3 * plane, q, valid)
+            tl.store(out + 2 * plane, t * LN_2, valid)
         else:
-            tl.store(out, m, valid)
+            tl.store(out, m * LN_2, valid)
             tl.store(out + plane, s, valid)
 
 
@@ -218,28 +234,27 @@ def refine_kernel(
                 code = tl.load(w_codes + at * code_stride + k[None, :], inside, other=0.0)
                 x_code = tl.load(x_codes + i * D + k, k < D, other=0.0)
                 coded += tl.sum(code.to(tl.float32) * x_code.to(tl.float32)[None, :], 1)
-        rough = coded.to(tl.float32) * step * tl.load(w_scale + v, here, other=0.0)
+        b = tl.zeros([ENTRIES], tl.float32)
         if HAS_BIAS:
             b = tl.load(bias + v, here, other=0.0).to(tl.float32)
             raw += b
-            rough += b
         # Both relative to the threshold.
         z = scale_logits(raw, softcap, inv_temperature, SOFTCAP) - above
-        z_far = scale_logits(rough, softcap, inv_temperature, SOFTCAP) - above
+        w_step = tl.load(w_scale + v, here, other=0.0)
+        z_far = LN_2 * above_threshold(coded, step, w_step, b, above, inv_temperature, softcap,
+                                       HAS_BIAS, SOFTCAP)  # fmt: skip
         z_far = tl.where(is_exact, z, z_far)
         hit = v == y
-        certain = (z_far >= 0.0) | hit
         # u is a multiple of 2^-24, so u < pi has probability ceil(2^24 pi) / 2^24.
         pi = tl.exp(tl.minimum(z_far, 0.0))
         weight = 16777216.0 / tl.maximum(tl.ceil(pi * 16777216.0), 1.0)
-        weight = tl.where(certain, 1.0, weight)
+        weight = tl.where((z_far >= 0.0) | hit, 1.0, weight)  # the target is kept whatever its u
         tl.store(weights + first + j, weight, here)
         a = tl.where(here, tl.exp(tl.minimum(z, 80.0)), 0.0)
-        b_far = tl.where(certain, 0.0, tl.where(here, pi, 0.0))
-        z_low = tl.maximum(z, -100.0)
-        s += weight * (a - b_far)
-        t += weight * (a * z_low - b_far * tl.maximum(z_far, -100.0))
-        q += weight * (a * a - b_far * b_far)
+        in_tail = tl.where(here & (z_far < 0.0), pi, 0.0)
+        s += weight * (a - in_tail)
+        t += weight * (a * tl.maximum(z, -1e4) - in_tail * z_far)
+        q += weight * a * a  # the drawn ones alone are unbiased, and of no weight in this sum
         missed += tl.where(here & (z > important), weight - 1.0, 0.0)
         off = tl.where(here, z - z_far, 0.0)
         error_sq += off * off
@@ -248,12 +263,11 @@ def refine_kernel(
         return
     S = tl.load(tail + i) + tl.sum(s, 0)
     T = tl.load(tail + num_rows + i) + tl.sum(t, 0)
-    Q = tl.load(tail + 2 * num_rows + i) + tl.sum(q, 0)
     log_s = tl.log(S)
     tl.store(lse + r, above + log_s)
     tl.store(logp + r, tl.sum(z_target, 0) - log_s)
     tl.store(entropy + r, log_s - T / S)
-    tl.store(sum_p2 + r, Q / (S * S))
+    tl.store(sum_p2 + r, tl.sum(q, 0) / (S * S))
     tl.store(report + r * 4 + 1, num_entries.to(tl.float32))
     tl.store(report + r * 4 + 2, tl.sum(error_sq, 0))
     tl.store(report + r * 4 + 3, tl.sum(missed, 0))
@@ -289,6 +303,9 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> Codes:
 MARGIN = 3.0
 # The bound on a row's log-prob error is so many standard deviations of the sums' own error.
 BOUND = 5.0
+# Tensor cores add up products of fp8 with about 14 bits, cut off towards zero: screened logits are
+# off by this, in nats, in a way that the refinement, which adds up in fp32, does not see.
+FP8_SUMS = 0.1
 # Rows whose bound is higher, in nats, are computed exactly.
 LIMIT = 1e-2
 # And so are rows whose reference is off by more, in nats: the draw would be a poor one.
@@ -308,7 +325,7 @@ def screen_vocabulary(
     entries = Entries.empty(head, weighted=True)
     weight = Codes(*screen)
     block_v = min(head.tile_of(t).block_v for t in (head.hidden, weight.codes))
-    row_bytes = 2 * D * (head.hidden.element_size() + weight.codes.element_size())
+    row_bytes = D * (2 * head.hidden.element_size() + weight.codes.element_size())
     row_bytes += 16 * triton.cdiv(V, block_v) + 4 * triton.cdiv(V, 32)
     for first, rows, count, x in row_blocks(head, mask, row_bytes):
         M = len(rows)
@@ -324,10 +341,14 @@ def screen_vocabulary(
         threshold = ref + (log_eps - MARGIN * sigma)
         bits = torch.empty(M, triton.cdiv(V, 32), dtype=torch.int32, device=device)
         stats = screened_scan(head, weight, codes, count, rows, threshold, bits)
+        keep_targets(bits, head.target[rows])
         total, *tail = (plane.sum(0) for plane in stats.unbind(0))
         del stats
         far_lse = threshold + total.log()
-        bound = BOUND * sigma * (tail[0] / total.square()).sqrt()
+        share = tail[0] / total
+        bound = BOUND * sigma * (share / total).sqrt()
+        if weight.codes.dtype == torch.float8_e4m3fn:
+            bound += FP8_SUMS * share
         suits = (bound <= LIMIT) & ((far_lse - ref).abs() <= REFERENCE_OFF)
         suits &= count_bits(head, bits, count) <= entries.slots
         exact = here & ~suits
@@ -347,9 +368,16 @@ def screen_vocabulary(
     return entries.packed
 
 
+def keep_targets(bits: Tensor, target: Tensor) -> None:
+    """Sets the bit of every row's target [M] (rows of -1 are not looked at again)."""
+    word = (target.clamp(min=0) // 32)[:, None]
+    bit = (1 << (target % 32)).to(torch.int32)[:, None]
+    bits.scatter_(1, word, bits.gather(1, word) | bit)
+
+
 def rough_lse(head: Head, weight: Codes, codes: Codes, count: Tensor, rows: Tensor) -> Tensor:
     """Log-sum-exp of the screened logits [M] fp32."""
-    m, s, _, _ = screened_scan(head, weight, codes, count, rows, None, None).unbind(0)
+    m, s, _ = screened_scan(head, weight, codes, count, rows, None, None).unbind(0)
     top = m.amax(0)
     return top + (s * (m - top).exp()).sum(0).log()
 
@@ -383,15 +411,15 @@ def screened_scan(
     threshold: Tensor | None,  # [M] fp32, with
     bits: Tensor | None,  # [M, words] int32, written
 ) -> Tensor:
-    """Runs `screen_kernel`; stats [4, tiles, M]."""
+    """Runs `screen_kernel`; stats [3, tiles, M]."""
     M, D = hidden.codes.shape
     V = weight.codes.shape[0]
     tile = head.tile_of(weight.codes)
     operands, options = head.operands(hidden.codes, weight.codes)
     tiles = triton.cdiv(V, tile.block_v)
-    stats = torch.zeros(4, tiles, M, dtype=torch.float32, device=hidden.codes.device)
+    stats = torch.zeros(3, tiles, M, dtype=torch.float32, device=hidden.codes.device)
     screen_kernel[(head.programs(hidden.codes, V),)](
-        *operands, hidden.scale, weight.scale, head.bias, count, rows, head.target[rows], threshold,
+        *operands, hidden.scale, weight.scale, head.bias, count, rows, threshold,
         head.seed, stats, bits, M, V, D, weight.codes.stride(0), *head.scalars,
         INT8=weight.codes.dtype == torch.int8, SELECT=bits is not None, FLAT=tile.flat,
         **head.switches, **options,

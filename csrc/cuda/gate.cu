@@ -39,8 +39,11 @@ __global__ void decide_kernel(double* state, const T* signal, int64_t count, boo
   *found_inf = (float)state[SHUT];
   *grad_scale = total_norm && state[SHUT] == 0 ? clip_divisor(norm, max_grad_norm) : 1.0f;
   if (header == nullptr) return;
-  for (int slot = 0; slot < HEADER_SIZE; ++slot) header[slot] = state[slot];
+  // The batch last: a host that sees this batch's number sees this batch's latch.
+  for (int slot = 0; slot < HEADER_SIZE; ++slot)
+    if (slot != BATCHES) header[slot] = state[slot];
   __threadfence_system();
+  header[BATCHES] = state[BATCHES];
 }
 
 __global__ void new_batch_kernel(double* state, float* found_inf) {
