@@ -31,6 +31,10 @@ from . import common
 
 ROOT = Path(__file__).parents[1]
 LARGE = ("--rows", "8192", "--features", "4096", "--vocabulary", "131072")
+# The fastest of each kind, for the shapes beside the first.
+CHOSEN = ("--peers", "ours", "ours, with lse_ref", "ours, with lse_ref, screen int8",
+          "ours, with lse_ref, screen fp8", "ours, grad_eps=0", "torch.compile",
+          "Liger scaled cross-entropy", "Cut Cross-Entropy")  # fmt: skip
 # (D, V) of heads that people train, beside the largest above.
 MODELS = {
     "qwen2.5-1.5b": (1536, 151936),
@@ -62,10 +66,11 @@ def head(name: str, *arguments: str) -> list[str]:
 def gpu_stages() -> list[Stage]:
     """In order of worth: a short lease gets the first ones."""
     bf16 = ("--device", "cuda", "--dtype", "bfloat16", "--rounds", "5")
+    chosen = (*bf16, *CHOSEN)
     stages = [
         Stage("info", python("dgg_kernels.info"), 0.5, measures=False),
         Stage("tests", [*pytest(6), "tests/gpu", "tests/test_triton_kernels.py"], 3, False),
-        Stage("kernels", python("benchmarks.bench_kernels", "--tune", "--save", "kernels_gpu"), 2),
+        Stage("kernels", python("benchmarks.bench_kernels", "--save", "kernels_gpu"), 2),
         Stage("head", head("gpu", *bf16, *LARGE, "--temperature", "0.6"), 3),
         Stage(
             "gate",
@@ -82,21 +87,24 @@ def gpu_stages() -> list[Stage]:
             1,
         ),
     ]
+    for temperature in ("1.0", "0.4"):
+        options = (*chosen, *LARGE, "--temperature", temperature)
+        stages.append(Stage(f"head-T{temperature}", head(f"gpu_T{temperature}", *options), 2))
+    zero = (*chosen, *LARGE, "--zero-rows", "0.5", "--temperature", "0.6")
+    stages.append(Stage("head-zero-rows", head("gpu_zero_rows", *zero), 2))
+    for rows in ("4096", "32768"):
+        for model, (features, vocabulary) in MODELS.items():
+            shape = ("--rows", rows, "--features", str(features), "--vocabulary", str(vocabulary))
+            options = (*chosen, *shape, "--temperature", "0.6")
+            stages.append(Stage(f"{model}-{rows}", head(f"gpu_{model}_{rows}", *options), 2))
     if sanitizer := shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
             chosen = "small or decides or partial or graph" if tool == "memcheck" else "partial"
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest(0), "-k", chosen]
             stages.append(Stage(tool, [*command, "tests/gpu"], 2, measures=False))
-    for temperature in ("1.0", "0.4"):
-        options = (*bf16, *LARGE, "--temperature", temperature)
-        stages.append(Stage(f"head-T{temperature}", head(f"gpu_T{temperature}", *options), 2))
-    zero = (*bf16, *LARGE, "--zero-rows", "0.5", "--temperature", "0.6")
-    stages.append(Stage("head-zero-rows", head("gpu_zero_rows", *zero), 2))
-    for model, (features, vocabulary) in MODELS.items():
-        for rows in ("4096", "32768"):
-            shape = ("--rows", rows, "--features", str(features), "--vocabulary", str(vocabulary))
-            options = (*bf16, *shape, "--temperature", "0.6")
-            stages.append(Stage(f"{model}-{rows}", head(f"gpu_{model}_{rows}", *options), 2))
+    stages.append(
+        Stage("tune", python("benchmarks.bench_kernels", "--tune", "--save", "tune_gpu"), 3)
+    )
     return stages
 
 

@@ -92,14 +92,16 @@ CONFIGS = {
     "sm_80": KernelConfig("sm_80", TileConfig(128, 128, 64, num_warps=8, num_stages=3)),
     "sm_90": KernelConfig(
         "sm_90",
-        TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True),
-        TileConfig(128, 256, 128, num_warps=8, num_stages=3, parts=4, tma=True, flat=True),
+        TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True, flat=True),
+        TileConfig(128, 256, 128, 8, 3, parts=4, tma=True, flat=True, group=32),
+        row=GatherConfig(block_d=8192, group=4, warp_d=1024),
     ),
     "sm_100": KernelConfig(
         "sm_100",
         TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True),
         TileConfig(128, 128, 128, num_warps=8, num_stages=4, parts=4, tma=True, flat=True),
         tile_crowded=TileConfig(128, 128, 64, num_warps=8, num_stages=4, parts=2, tma=True),
+        row=GatherConfig(block_d=8192, group=2, warp_d=512),
     ),
     "gfx942": KernelConfig("gfx942", TileConfig(128, 128, 64, num_warps=8, num_stages=2)),
     # Triton's interpreter on a CPU: its cost follows the number of block operations.
@@ -127,18 +129,12 @@ CANDIDATES: dict[str, dict[str, list[TileConfig] | list[GatherConfig]]] = {
     },
     "sm_90": {
         "tile": [
-            TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True, group=16),
-            TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True, flat=True),
+            TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True),
             TileConfig(128, 256, 64, 8, 4, parts=4, tma=True, flat=True, group=16),
-            TileConfig(128, 256, 64, 8, 4, parts=2, tma=True, group=16),
         ],
         "tile_8bit": [
-            TileConfig(128, 256, 128, 8, 3, parts=4, tma=True, flat=True, group=16),
-            TileConfig(128, 256, 128, 8, 3, parts=4, tma=True, flat=True, group=32),
-            TileConfig(128, 256, 128, 8, 4, parts=4, tma=True, group=16),
+            TileConfig(128, 256, 128, 8, 3, parts=4, tma=True, flat=True),
             TileConfig(128, 128, 128, 4, 3, parts=4, tma=True, programs_per_sm=2, group=16),
-            TileConfig(128, 128, 128, 4, 3, parts=4, tma=True, programs_per_sm=2, group=32),
-            TileConfig(256, 128, 128, 8, 4, parts=4, tma=True, group=8),
         ],
         "owner": [
             GatherConfig(block_d=4096, group=4, warp_d=512),

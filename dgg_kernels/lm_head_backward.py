@@ -128,13 +128,14 @@ def row_kernel(
 
 @triton.jit
 def owner_kernel(
-    source, begin, end, index, values, out, row_sq, d_bias,
+    source, begin, end, order, index, values, out, row_sq, d_bias,
     num_owners, D, source_stride,
     BLOCK_D: tl.constexpr, ENTRIES: tl.constexpr,
     STORE: tl.constexpr, SQUARES: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """out[o] = sum of values[j] source[index[j]] over begin[o] <= j < end[o], one piece of D.
 
+    Owners take their turn by `order`, those with most entries first: none is left to the end.
     SQUARES: row_sq[piece, o] = sum of squares of the value as stored, i.e. rounded to out's dtype,
     whether or not it is stored. BIAS: d_bias[o] = sum of values[j]. The pieces of D are the slow
     index of the grid: the slice of `source` in use stays in L2, and an owner of thousands of
@@ -142,7 +143,7 @@ def owner_kernel(
     """
     pid = tl.program_id(0)
     piece = pid // num_owners
-    o = pid % num_owners
+    o = tl.load(order + pid % num_owners)
     k = piece * BLOCK_D + tl.arange(0, BLOCK_D)
     last = tl.load(end + o)
     total = tl.zeros([BLOCK_D], tl.float32)
@@ -333,13 +334,14 @@ def gather_sum(
 ) -> None:
     """Runs `owner_kernel`: sums of weighted rows, each owned by one program."""
     owners, D = begin.shape[0], source.shape[1]
+    order = (begin - end).argsort()
     options = head.config.owner.options(D, source.element_size())
     pieces = triton.cdiv(D, options["BLOCK_D"])
     row_sq = None
     if out.row_sq is not None:
         row_sq = torch.empty(pieces, owners, dtype=torch.float32, device=source.device)
     owner_kernel[(owners * pieces,)](
-        source, begin, end, index, values, head.weight if out.weight is None else out.weight,
+        source, begin, end, order, index, values, head.weight if out.weight is None else out.weight,
         row_sq, out.bias, owners, D, source.stride(0),
         STORE=out.weight is not None, SQUARES=row_sq is not None, BIAS=out.bias is not None,
         **options,

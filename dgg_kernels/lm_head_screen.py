@@ -183,7 +183,7 @@ def screen_kernel(
 
 @triton.jit
 def refine_kernel(
-    x, w, x_codes, w_codes, x_scale, w_scale, bias, count, rows, target, exact, threshold, lse_far,
+    x, w, x_codes, w_codes, x_scale, w_scale, bias, count, rows, target, exact, threshold, far_lse,
     tail, start, kept, columns, weights, logp, entropy, lse, sum_p2, report,
     num_rows, D, w_stride, code_stride, inv_temperature, softcap, log_eps,
     BLOCK_D: tl.constexpr, ENTRIES: tl.constexpr,
@@ -203,7 +203,7 @@ def refine_kernel(
     num_entries = tl.load(kept + r)
     is_exact = tl.load(exact + i) != 0
     step = tl.load(x_scale + i)
-    important = tl.load(lse_far + i) + log_eps - above  # where p = eps, relative to the threshold
+    important = tl.load(far_lse + i) + log_eps - above  # where p = eps, relative to the threshold
     s = tl.zeros([ENTRIES], tl.float32)
     t = tl.zeros([ENTRIES], tl.float32)
     q = tl.zeros([ENTRIES], tl.float32)

@@ -8,22 +8,28 @@ from triton_tools import SHARED_MEMORY, compile_kernel, interpreting, usage
 
 from dgg_kernels import lm_head_backward as backward
 from dgg_kernels import lm_head_forward as forward
+from dgg_kernels import lm_head_screen as screen
 from dgg_kernels.configs import CONFIGS
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET=1 compiles nothing")
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
+EIGHT_BITS = ("i8", "fp8e4nv")
 TYPES = {
     **dict.fromkeys(["count", "kept", "bits", "columns", "keys", "owners"], "*i32"),
     **dict.fromkeys(["start", "index"], "*i32"),
-    **dict.fromkeys(["place", "rows", "target", "seed", "begin", "end", "limit"], "*i64"),
+    **dict.fromkeys(["place", "rows", "target", "seed", "begin", "end", "limit", "order"], "*i64"),
     **dict.fromkeys(["threshold", "stats", "target_logit", "logp", "entropy", "lse"], "*fp32"),
     **dict.fromkeys(["sum_p2", "values", "grad_logp", "grad_entropy", "row_sq"], "*fp32"),
     **dict.fromkeys(["sums", "scale"], "*fp32"),
     **dict.fromkeys(["num_rows", "num_words", "num_tiles_v", "num_owners", "V", "D"], "i32"),
     **dict.fromkeys(["x_stride", "w_stride", "source_stride", "first_column"], "i32"),
-    **dict.fromkeys(["inv_temperature", "softcap"], "fp32"),
+    **dict.fromkeys(["x_scale", "w_scale", "far_lse", "tail", "weights", "report"], "*fp32"),
+    **dict.fromkeys(["norm_sq", "residual_sq"], "*fp32"),
+    **dict.fromkeys(["inv_temperature", "softcap", "log_eps", "largest"], "fp32"),
+    "exact": "*i1",
+    "code_stride": "i32",
 }
 
 
@@ -49,6 +55,8 @@ def tile(architecture, dtype, crowded):
     config = CONFIGS[architecture]
     if dtype == "fp32":
         return config.tile_fp32
+    if dtype in EIGHT_BITS:
+        return config.tile_8bit
     return (config.tile_crowded if crowded else None) or config.tile
 
 
@@ -69,7 +77,8 @@ def check_tile(kernel, architecture, dtype, constants, *, crowded=False, absent=
                  absent=absent, tiles=tiles if t.tma else None)  # fmt: skip
     if dtype != "fp32":
         assert used.wgmma == (architecture == "sm_90")
-        assert used.tcgen05 == (architecture == "sm_100")
+        # Blackwell's tensor memory takes no int8 from triton: the older instruction, then.
+        assert used.tcgen05 == (architecture == "sm_100" and dtype != "i8")
         assert used.tma == t.tma
     if architecture == "sm_80":
         assert used.shared <= 101_376  # consumer GPUs run this configuration
@@ -117,8 +126,12 @@ def test_row(architecture, dtype, bytes_per_number, D, in_registers):
     num_warps = options.pop("num_warps")
     everything = dtype != "fp16"
     switches = dict.fromkeys(["HAS_BIAS", "HAS_ENTROPY", "SOFTCAP"], everything)
-    constants = {"SUM": in_registers, **switches}
-    absent = ([] if in_registers else ["dx"]) + ([] if everything else ["bias", "grad_entropy"])
+    constants = {"SUM": in_registers, "WEIGHTED": dtype == "bf16", **switches}
+    absent = (
+        ([] if dtype == "bf16" else ["weights"])
+        + ([] if in_registers else ["dx"])
+        + ([] if everything else ["bias", "grad_entropy"])
+    )
     check(backward.row_kernel, architecture, dtype, constants | options, num_warps, absent=absent)
 
 
@@ -129,6 +142,33 @@ def test_owner(architecture, dtype, bytes_per_number):
     num_warps = options.pop("num_warps")
     constants = {"STORE": True, "SQUARES": True, "BIAS": True}
     check(backward.owner_kernel, architecture, dtype, constants | options, num_warps)
+
+
+@pytest.mark.parametrize("select", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "codes"),
+    [("sm_80", "i8"), *((a, codes) for a in ("sm_90", "sm_100") for codes in EIGHT_BITS)],
+)
+def test_screen(architecture, codes, select):
+    absent = [] if select else ["rows", "threshold", "seed", "bits"]
+    constants = {"INT8": codes == "i8", "SELECT": select, "FLAT": tile(architecture, codes, 0).flat}
+    check_tile(screen.screen_kernel, architecture, codes, constants, absent=absent)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "codes"), [("sm_80", "i8"), ("sm_90", "i8"), ("sm_90", "fp8e4nv"),
+                                ("sm_100", "fp8e4nv"), ("sm_90", "bf16")],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_refine(architecture, codes, dtype):
+    options = CONFIGS[architecture].refine.options(4096, 4 if dtype == "fp32" else 2)
+    num_warps = options.pop("num_warps")
+    constants = {"HAS_BIAS": True, "SOFTCAP": True, "INT8": codes == "i8", **options}
+    tiles = {"x_codes": f"*{codes}", "w_codes": f"*{codes}"}
+    check(screen.refine_kernel, architecture, dtype, constants, num_warps, tiles=tiles)
+    constants = {"BLOCK_D": 4096, "INT8": codes == "i8"}
+    check(screen.quantize_kernel, architecture, dtype, constants, 4,
+          tiles={"codes": f"*{codes}"})  # fmt: skip
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

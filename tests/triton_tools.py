@@ -145,8 +145,8 @@ def usage(compiled) -> Usage:
         stack=int(found[2]),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         shared=compiled.metadata.shared,
-        wgmma="HGMMA" in sass,
-        tcgen05="UTCHMMA" in sass,
+        wgmma=any(f"{kind}GMMA" in sass for kind in "HIQ"),
+        tcgen05=any(f"UTC{kind}MMA" in sass for kind in "HQ"),
         tma="UTMALDG" in sass,
     )
 
