@@ -72,36 +72,23 @@ def gpu_stages() -> list[Stage]:
         Stage("tests", [*pytest(6), "tests/gpu", "tests/test_triton_kernels.py"], 3, False),
         Stage("kernels", python("benchmarks.bench_kernels", "--save", "kernels_gpu"), 2),
         Stage("head", head("gpu", *bf16, *LARGE, "--temperature", "0.6"), 3),
-        Stage(
-            "gate",
-            python(
-                "benchmarks.bench_gate",
-                "--device",
-                "cuda",
-                "--dtype",
-                "bfloat16",
-                *LARGE,
-                "--save",
-                "gate_gpu",
-            ),
-            1,
-        ),
+        Stage("gate", python("benchmarks.bench_gate", *bf16[:4], *LARGE, "--save", "gate_gpu"), 1),
     ]
     for temperature in ("1.0", "0.4"):
         options = (*chosen, *LARGE, "--temperature", temperature)
         stages.append(Stage(f"head-T{temperature}", head(f"gpu_T{temperature}", *options), 2))
     zero = (*chosen, *LARGE, "--zero-rows", "0.5", "--temperature", "0.6")
     stages.append(Stage("head-zero-rows", head("gpu_zero_rows", *zero), 2))
+    if sanitizer := shutil.which("compute-sanitizer"):
+        for tool in ("memcheck", "racecheck"):
+            which = "small or decides or partial or graph" if tool == "memcheck" else "partial"
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest(0), "-k", which]
+            stages.append(Stage(tool, [*command, "tests/gpu"], 2, measures=False))
     for rows in ("4096", "32768"):
         for model, (features, vocabulary) in MODELS.items():
             shape = ("--rows", rows, "--features", str(features), "--vocabulary", str(vocabulary))
             options = (*chosen, *shape, "--temperature", "0.6")
             stages.append(Stage(f"{model}-{rows}", head(f"gpu_{model}_{rows}", *options), 2))
-    if sanitizer := shutil.which("compute-sanitizer"):
-        for tool in ("memcheck", "racecheck"):
-            chosen = "small or decides or partial or graph" if tool == "memcheck" else "partial"
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest(0), "-k", chosen]
-            stages.append(Stage(tool, [*command, "tests/gpu"], 2, measures=False))
     stages.append(
         Stage("tune", python("benchmarks.bench_kernels", "--tune", "--save", "tune_gpu"), 3)
     )
