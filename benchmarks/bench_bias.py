@@ -1,10 +1,12 @@
-"""Does the random tail of `grad_eps` change training? The same GRPO runs with and without it.
+"""Does the random tail of `grad_eps`, or a screen, change training? GRPO with and without them.
 
     python -m benchmarks.bench_bias --seeds 5      # minutes per seed, on one core
+    python -m benchmarks.bench_bias --arms "every entry" "screen int8" --save bias_screen
 
 Trains the demo's task at a vocabulary of 8,192 from one warm start per seed, with every entry of
-the gradient (grad_eps = 0), with the default, and with a tail that begins 64 times earlier; same
-prompts, same sampling seeds. Entropy, KL and reward must not part beyond the spread over seeds.
+the gradient (grad_eps = 0), with the default, with a tail that begins 64 times earlier, and with
+the default behind a screen; same prompts, same sampling seeds. Entropy, KL and reward must not part
+beyond the spread over seeds.
 """
 
 from __future__ import annotations
@@ -28,20 +30,26 @@ from python_trainer.tasks import make_task
 
 from . import common
 
-ARMS = {"every entry": 0.0, "default, 2^-12": 2**-12, "2^-6": 2**-6}
+ARMS: dict[str, dict[str, Any]] = {
+    "every entry": {"grad_eps": 0.0},
+    "default, 2^-12": {"grad_eps": 2**-12},
+    "2^-6": {"grad_eps": 2**-6},
+    "screen int8": {"grad_eps": 2**-12, "screen": "int8"},
+}
 CURVES = ("entropy", "kl", "reward")
-COLOURS = {"every entry": "#000000", "default, 2^-12": "#0072B2", "2^-6": "#D55E00"}
+COLOURS = {"every entry": "#000000", "default, 2^-12": "#0072B2", "2^-6": "#D55E00",
+           "screen int8": "#009E73"}  # fmt: skip
 
 
-def curves(config: TrainConfig, tick: Any) -> dict[str, dict[str, list[float]]]:
+def curves(config: TrainConfig, arms: list[str], tick: Any) -> dict[str, dict[str, list[float]]]:
     """Arm -> curve -> value per update, all from one warm start."""
     start = prepare(config, make_task(config.task, config.task_options))
     found = {}
-    for arm, grad_eps in ARMS.items():
+    for arm in arms:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "metrics.jsonl"
             log = MetricsLog(path)
-            changed = dataclasses.replace(config, grad_eps=grad_eps)
+            changed = dataclasses.replace(config, **ARMS[arm])
             train(changed, start, log, ArmResult(), lambda _: tick())
             log.close()
             rows = [row for row in read_metrics(path) if row["type"] == "update"]
@@ -55,7 +63,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
     panels = figure.subplots(1, len(CURVES))
     labels = {"entropy": "entropy (nats)", "kl": "KL(old || new) per token", "reward": "reward"}
     for ax, name in zip(panels, CURVES, strict=True):
-        for arm, colour in COLOURS.items():
+        for arm in record["arms"]:
+            colour = COLOURS[arm]
             runs = [smooth(seed[arm][name]) for seed in record["seeds"].values()]
             columns = list(zip(*runs, strict=True))
             x = range(len(columns))
@@ -63,7 +72,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
                             color=colour, alpha=0.12, linewidth=0)  # fmt: skip
             means = [statistics.mean(c) for c in columns]
             dash = "--" if arm == "default, 2^-12" else "-"
-            ax.plot(x, means, color=colour, label=f"grad_eps: {arm}", linewidth=1.4, linestyle=dash)
+            ax.plot(x, means, color=colour, label=arm, linewidth=1.4, linestyle=dash)
         ax.set_xlabel("update")
         ax.set_ylabel(labels[name])
         ax.spines[["top", "right"]].set_visible(False)
@@ -86,7 +95,7 @@ def late(values: list[float]) -> float:
 def verdict(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Over the last quarter: paired difference to exact, its standard error, spread of seeds."""
     found = {}
-    for arm in list(ARMS)[1:]:
+    for arm in list(record["arms"])[1:]:
         for name in CURVES:
             exact, drawn = ([late(seed[a][name]) for seed in record["seeds"].values()]
                             for a in ("every entry", arm))  # fmt: skip
@@ -108,17 +117,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=160, help="rollout batches, two uses each")
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--arms", nargs="+", metavar="ARM", choices=ARMS, default=list(ARMS)[:3],
+                        help=f"held to the first; of {list(ARMS)}")  # fmt: skip
     parser.add_argument("--save", default="bias", help="benchmarks/results/NAME.json and NAME.png")
     args = parser.parse_args()
     console = Console()
     record: dict[str, Any] = {
         "benchmark": "bias",
         "stamp": common.stamp(torch.device("cpu"), 1),
-        "arms": ARMS,
+        "arms": {arm: ARMS[arm] for arm in args.arms},
         "seeds": {},
     }
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("runs", total=args.seeds * len(ARMS) * args.batches)
+        bar = progress.add_task("runs", total=args.seeds * len(args.arms) * args.batches)
         for seed in range(args.seeds):
             config = TrainConfig(
                 seed=seed, rollout_batches=args.batches, vocab_size=args.vocabulary,
@@ -126,7 +137,7 @@ def main() -> None:
             )  # fmt: skip
             record["config"] = {"rollout_batches": args.batches, "vocab_size": args.vocabulary,
                                 "num_iterations": 2}  # fmt: skip
-            record["seeds"][seed] = curves(config, lambda: progress.advance(bar))
+            record["seeds"][seed] = curves(config, args.arms, lambda: progress.advance(bar))
             if seed:
                 record["verdict"] = verdict(record)
             path = common.save(args.save, record)

@@ -306,9 +306,11 @@ BOUND = 5.0
 # Tensor cores add up products of fp8 with about 14 bits, cut off towards zero: screened logits are
 # off by this, in nats, in a way that the refinement, which adds up in fp32, does not see.
 FP8_SUMS = 0.1
-# Rows whose bound is higher, in nats, are computed exactly.
+# Rows whose bound is higher, in nats, are computed exactly;
 LIMIT = 1e-2
-# And so are rows whose reference is off by more, in nats: the draw would be a poor one.
+# and so are rows where a screened logit's own error is larger, in nats,
+NOISE_LIMIT = 1.0
+# or whose reference is off by more, in nats: the draw would be a poor one.
 REFERENCE_OFF = 1.0
 
 
@@ -334,8 +336,8 @@ def screen_vocabulary(
         log_eps = math.log(head.grad_eps)
         codes = quantize_rows(x, weight.codes.dtype)
         # What codes leave out acts like noise on every product: its standard deviation, in nats.
-        noise_sq = codes.residual_sq * weight.norm_sq.mean()
-        noise_sq += codes.norm_sq * weight.residual_sq.mean()
+        noise_sq = codes.residual_sq * typical(weight.norm_sq)
+        noise_sq += codes.norm_sq * typical(weight.residual_sq)
         sigma = noise_sq.div(D).sqrt() / head.temperature
         ref = rough_lse(head, weight, codes, count, rows) if reference is None else reference[rows]
         threshold = ref + (log_eps - MARGIN * sigma)
@@ -349,7 +351,7 @@ def screen_vocabulary(
         bound = BOUND * sigma * (share / total).sqrt()
         if weight.codes.dtype == torch.float8_e4m3fn:
             bound += FP8_SUMS * share
-        suits = (bound <= LIMIT) & ((far_lse - ref).abs() <= REFERENCE_OFF)
+        suits = (bound <= LIMIT) & (sigma <= NOISE_LIMIT) & ((far_lse - ref).abs() <= REFERENCE_OFF)
         suits &= count_bits(head, bits, count) <= entries.slots
         exact = here & ~suits
         # The other rows are selected, and summed up, by their exact logits.
@@ -366,6 +368,11 @@ def screen_vocabulary(
             INT8=weight.codes.dtype == torch.int8, **head.switches, **gather,
         )  # fmt: skip
     return entries.packed
+
+
+def typical(squares: Tensor) -> Tensor:
+    """A mean in which large values, whose logits matter most, count for most, 0-dim fp32."""
+    return squares.square().sum() / squares.sum().clamp(min=1e-30)
 
 
 def keep_targets(bits: Tensor, target: Tensor) -> None:

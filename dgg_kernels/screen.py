@@ -36,10 +36,9 @@ _copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 @torch.library.custom_op("dgg::quantize_rows", mutates_args=())
 def _quantize_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if x.is_cuda:
-        module = importlib.import_module(f"{__package__}.lm_head_screen")
-    else:
-        module = importlib.import_module(f"{__package__}._quantize")
+    if x.device.type == "cpu":
+        return torch.ops.dgg.quantize_rows_cpu(x, kind == "int8")
+    module = importlib.import_module(f"{__package__}.lm_head_screen")  # needs triton
     return module.quantize_rows(x, _CODES[kind])
 
 

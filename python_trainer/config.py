@@ -52,6 +52,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     grad_eps: float = 2**-12  # where linear_logprob's random tail begins; 0 is exact
+    screen: str | None = None  # "int8", "fp8", "bf16": screened logits, in every pass of the policy
 
     # When to stop re-using a batch
     gate: str = "dgg"

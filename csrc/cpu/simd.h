@@ -37,10 +37,29 @@ DGG_INLINE vf from_bits(vu u) {
   return x;
 }
 
+// A comparison's lanes as bytes, 8 in each half.
+struct Lanes {
+  uint64_t half[2];
+};
+DGG_INLINE Lanes lanes(vi mask) {
+  using Bytes = int8_t __attribute__((vector_size(LANES)));
+  const Bytes narrow = __builtin_convertvector(mask, Bytes);
+  Lanes result;
+  memcpy(&result, &narrow, sizeof(result));
+  return result;
+}
 DGG_INLINE bool any(vi mask) {
-  uint64_t w[8];
-  memcpy(w, &mask, sizeof(w));
-  return ((w[0] | w[1]) | (w[2] | w[3])) | ((w[4] | w[5]) | (w[6] | w[7]));
+  const Lanes set = lanes(mask);
+  return set.half[0] | set.half[1];
+}
+// Writes the lanes that are set, each plus `first`, in order; returns how many.
+DGG_INLINE int positions(vi mask, int32_t first, int32_t* out) {
+  const Lanes set = lanes(mask);
+  int count = 0;
+  for (int h = 0; h < 2; ++h)
+    for (uint64_t left = set.half[h] & 0x0101010101010101u; left; left &= left - 1)
+      out[count++] = first + h * 8 + __builtin_ctzll(left) / 8;
+  return count;
 }
 
 // In a fixed order, so that a sum does not depend on the machine.
