@@ -1,6 +1,6 @@
 """Figures from the recorded JSON, and a picture of the active set.
 
-python -m benchmarks.plot                 # docs/images/*.png from benchmarks/results/*.json
+python -m benchmarks.plot                 # docs/images/*.png from benchmarks/results/**/*.json
 python -m benchmarks.plot --active-set    # also the active set of real rows (needs the model)
 """
 
@@ -81,11 +81,12 @@ def main() -> None:
     parser.add_argument("--active-set", action="store_true")
     args = parser.parse_args()
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(RESULTS.rglob("*.json")):
         record = json.loads(path.read_text())
-        if record["benchmark"] == "lm_head" and len(record["variants"]) > 3:
-            head_times(record, IMAGES / f"{path.stem}.png")
-            print(f"written: {IMAGES / path.stem}.png")
+        if record.get("benchmark") == "lm_head" and len(record["variants"]) > 4:
+            name = "_".join(path.relative_to(RESULTS).with_suffix("").parts)
+            head_times(record, IMAGES / f"{name}.png")
+            print(f"written: {IMAGES / name}.png")
     if args.active_set:
         active_set(IMAGES / "active_set.png")
         print(f"written: {IMAGES / 'active_set.png'}")

@@ -231,8 +231,9 @@ def linear_logprob(
     )
     if target.device.type != "cpu":
         logp = logp * torch.where(outside, torch.nan, 1.0)  # NaN, forward and backward
-    outputs = [o.reshape(shape) for o in (logp, entropy, lse, sum_p2)]
-    return LogprobOutput(*outputs, stats(report, shape) if codes else None)
+    screen_stats = stats(report, shape) if codes else None
+    logp, entropy, lse, sum_p2 = (o.reshape(shape) for o in (logp, entropy, lse, sum_p2))
+    return LogprobOutput(logp, entropy, lse, sum_p2, screen_stats)
 
 
 def _autocast(

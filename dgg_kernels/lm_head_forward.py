@@ -556,9 +556,9 @@ class Entries:
 def bits_launch(head: Head, bits: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """Grid and options of the kernels that go through bits [M, words]."""
     config = head.config.bits
-    block_w = min(config.words, triton.next_power_of_2(bits.shape[1]))
+    block_w = min(config.words, int(triton.next_power_of_2(bits.shape[1])))
     options = {"BLOCK_N": config.rows, "BLOCK_W": block_w, "num_warps": config.num_warps}
-    return (triton.cdiv(bits.shape[0], config.rows),), options
+    return (int(triton.cdiv(bits.shape[0], config.rows)),), options
 
 
 def count_bits(head: Head, bits: Tensor, count: Tensor) -> Tensor:

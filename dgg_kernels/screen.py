@@ -55,7 +55,9 @@ def codes_of(weight: Tensor, kind: Screen) -> list[Tensor]:
     """
     if torch.compiler.is_compiling():
         return list(_quantize_rows(weight.detach(), kind))
-    of_weight: dict[str, _Copy] = _copies.setdefault(weight, {})
+    if weight not in _copies:
+        _copies[weight] = {}
+    of_weight: dict[str, _Copy] = _copies[weight]
     kept = of_weight.get(kind)
     if kept is None or (kept.version, kept.address) != (weight._version, weight.data_ptr()):
         of_weight.pop(kind, None)  # before the new copy takes memory

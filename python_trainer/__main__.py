@@ -35,7 +35,7 @@ files: <out>/<arm>/metrics.jsonl (a row per update attempt and per evaluation), 
 <out>/*.png and <out>/report.html. Exit codes: 0 done, 1 the task failed, 2 a setting is wrong
 (nothing is written), 130 interrupted (the directory stays readable).
 """
-TYPES = {"int": int, "float": float, "str": str, "float | None": float}
+TYPES = {"int": int, "float": float, "str": str, "float | None": float, "str | None": str}
 
 
 def parser() -> argparse.ArgumentParser:

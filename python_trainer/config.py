@@ -9,6 +9,7 @@ from typing import Any
 GATES = ("off", "dgg", "random", "kl", "global_norm")
 LOSSES = ("grpo", "dapo")
 STATISTICS = ("increment", "level", "either")
+SCREENS = (None, "bf16", "int8", "fp8")
 
 
 class ConfigError(ValueError):
@@ -108,6 +109,9 @@ class TrainConfig:
         self._choice("gate", GATES)
         self._choice("loss_type", LOSSES)
         self._choice("gate_statistic", STATISTICS)
+        self._choice("screen", SCREENS)
+        if self.screen is not None and self.grad_eps == 0:
+            raise ConfigError("screen: needs grad_eps > 0, got grad_eps=0.0")
         if not isinstance(self.task_options, dict):
             raise ConfigError(f"task_options: expected a dict, got {self.task_options!r}")
         if self.gate == "random" and not 1.0 <= self.mean_uses <= self.num_iterations:
@@ -155,7 +159,7 @@ class TrainConfig:
         wanted = " ".join(["a finite number", " and ".join(bounds)]).strip()
         raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
 
-    def _choice(self, name: str, known: tuple[str, ...]) -> None:
+    def _choice(self, name: str, known: tuple[str | None, ...]) -> None:
         value = getattr(self, name)
         if value not in known:
             raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
