@@ -69,9 +69,7 @@ def _check_can_skip(optimizer: Optimizer, name: str) -> None:
         raise TypeError(f"optimizer: {name} cannot skip a step on the device; {_REMEDY}")
     if not all(group.get("fused") for group in optimizer.param_groups):
         raise TypeError(f"optimizer: {name} was built without fused=True; {_REMEDY}")
-    for group in optimizer.param_groups:
-        if isinstance(optimizer, SGD) and group["momentum"]:
-            _create_momentum(optimizer, group)
+    _create_momentum(optimizer)
 
 
 def _skip_on_device(
@@ -81,6 +79,7 @@ def _skip_on_device(
     stepped: Callable[[], None],
 ) -> None:
     def before(optimizer: Any, *_: Any) -> None:
+        _create_momentum(optimizer)  # load_state_dict may have taken them away again
         # Set at every step: a GradScaler puts its own here and deletes both afterwards.
         theirs = getattr(optimizer, "found_inf", None)
         scale = getattr(optimizer, "grad_scale", None)
@@ -157,11 +156,14 @@ def _inner(optimizer: Optimizer) -> Optimizer:
     return _inner(inner) if isinstance(inner, Optimizer) else optimizer
 
 
-def _create_momentum(optimizer: SGD, group: dict) -> None:
+def _create_momentum(optimizer: Optimizer) -> None:
     # A skipped first step would leave fused SGD with an uninitialised buffer. From zeros, the first
     # taken step gives the same buffer as torch's own, unless dampening is used.
-    if group["dampening"]:
-        raise TypeError("optimizer: SGD with momentum and dampening cannot skip its first step")
-    for p in group["params"]:
-        if "momentum_buffer" not in optimizer.state[p]:
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        if group["momentum"] and group["dampening"]:
+            raise TypeError("optimizer: SGD with momentum and dampening cannot skip its first step")
+        for p in group["params"] if group["momentum"] else ():
+            if optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

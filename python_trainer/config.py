@@ -162,4 +162,6 @@ class TrainConfig:
     def _choice(self, name: str, known: tuple[str | None, ...]) -> None:
         value = getattr(self, name)
         if value not in known:
-            raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+            raise ConfigError(
+                f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}"
+            )

@@ -293,6 +293,22 @@ def test_1000_random_skips_equal_a_host_that_does_not_call_step(name):
     torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 
 
+def test_momentum_buffers_are_there_after_a_checkpoint_that_has_none():
+    """Fused SGD would otherwise read memory that its skipped first step never wrote."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([p], lr=0.1, momentum=0.9, fused=True)
+    gate = GradientGate(GateConfig(threshold=math.inf), torch.zeros(3, 3))
+    gate.attach(optimizer)
+    optimizer.load_state_dict(torch.optim.SGD([p], lr=0.1, momentum=0.9, fused=True).state_dict())
+    for energy in (math.nan, 1.0):
+        gate.new_batch()
+        p.grad = torch.ones(3)
+        gate.decide(energy=torch.tensor(energy))
+        optimizer.step()
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], torch.ones(3))
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.9))
+
+
 def test_clipping_equals_clip_grad_norm():
     results = []
     for gated in (True, False):
