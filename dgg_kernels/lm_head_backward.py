@@ -23,6 +23,7 @@ from .lm_head_forward import (
     Head,
     column_slices,
     gather_rows,
+    inverse_probability,
     scale_logits,
     scan_vocabulary,
     sort_rows,
@@ -109,9 +110,7 @@ def row_kernel(
         if WEIGHTED:
             weight = tl.load(weights + first + j, here, other=0.0)
         else:
-            # u is a multiple of 2^-24, so u < pi has probability ceil(2^24 pi) / 2^24.
-            pi = tl.exp(tl.minimum(z - above, 0.0))
-            weight = 16777216.0 / tl.maximum(tl.ceil(pi * 16777216.0), 1.0)
+            weight = inverse_probability(z - above)
         hit = v == y
         weight = tl.where(hit, 1.0, weight)  # kept whatever its u
         d_raw = logit_gradient(z, hit, weight, c, c_entropy, row_lse, row_entropy,

@@ -58,6 +58,29 @@ def uniform(row, column, seed):
 
 
 @triton.jit
+def inverse_probability(z):
+    """1 / (probability of having been kept) of entries z above the threshold (nats), at least 1."""
+    # u is a multiple of 2^-24, so u < pi has probability ceil(2^24 pi) / 2^24.
+    pi = tl.exp(tl.minimum(z, 0.0))
+    return 16777216.0 / tl.maximum(tl.ceil(pi * 16777216.0), 1.0)
+
+
+@triton.jit
+def store_kept(keep, bits, row, valid, first, V, BLOCK_N: tl.constexpr, SLICE: tl.constexpr):
+    """keep [BLOCK_N, SLICE], columns from `first` on -> words of bits [*, ceil(V / 32)]."""
+    WORDS: tl.constexpr = SLICE // 32
+    grouped = tl.reshape(keep.to(tl.uint32), (BLOCK_N, WORDS, 32))
+    shift = tl.arange(0, 32).to(tl.uint32)[None, None, :]
+    word = first // 32 + tl.arange(0, WORDS)
+    num_words = tl.cdiv(V, 32)
+    tl.store(
+        bits + row.to(tl.int64)[:, None] * num_words + word[None, :],
+        tl.sum(grouped << shift, 2).to(tl.int32, bitcast=True),
+        valid[:, None] & (word < num_words)[None, :],
+    )
+
+
+@triton.jit
 def popcount(x):
     """Number of set bits of every uint32, as int32."""
     x = x - ((x >> 1) & 0x55555555)
@@ -168,7 +191,6 @@ def scan_kernel(
     that is shut may simply write count = 0.
     """
     SLICE: tl.constexpr = BLOCK_V // PARTS
-    WORDS: tl.constexpr = SLICE // 32
     active = tl.load(count)
     num_tiles_v = tl.cdiv(V, BLOCK_V)
     num_row_blocks = tl.cdiv(active, BLOCK_N)
@@ -215,15 +237,7 @@ def scan_kernel(
             if SELECT:
                 u = uniform(row[:, None], v.to(tl.uint32)[None, :], seed32)
                 keep = (u < tl.exp(z - above[:, None])) | hit
-                grouped = tl.reshape(keep.to(tl.uint32), (BLOCK_N, WORDS, 32))
-                shift = tl.arange(0, 32).to(tl.uint32)[None, None, :]
-                word = first // 32 + tl.arange(0, WORDS)
-                num_words = tl.cdiv(V, 32)
-                tl.store(
-                    bits + at.to(tl.int64)[:, None] * num_words + word[None, :],
-                    tl.sum(grouped << shift, 2).to(tl.int32, bitcast=True),
-                    valid[:, None] & (word < num_words)[None, :],
-                )
+                store_kept(keep, bits, at, valid, first, V, BLOCK_N, SLICE)
         if STATS:
             out = stats + tile_v.to(tl.int64) * num_rows + at
             plane = tl.cast(num_tiles_v, tl.int64) * num_rows

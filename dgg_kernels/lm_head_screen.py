@@ -33,10 +33,12 @@ from .lm_head_forward import (
     combine,
     count_bits,
     gather_rows,
+    inverse_probability,
     row_blocks,
     scale_logits,
     scan,
     sort_rows,
+    store_kept,
     tile_position,
     tile_scores,
     uniform,
@@ -117,7 +119,6 @@ def screen_kernel(
     as in `scan_kernel`, but for the target's. Else the maximum m and the sum of exp(z~ - m).
     """
     SLICE: tl.constexpr = BLOCK_V // PARTS
-    WORDS: tl.constexpr = SLICE // 32
     active = tl.load(count)
     num_tiles_v = tl.cdiv(V, BLOCK_V)
     num_row_blocks = tl.cdiv(active, BLOCK_N)
@@ -157,15 +158,7 @@ def screen_kernel(
                 s += tl.sum(tail, 1)
                 t += tl.sum(tail * d, 1)
                 keep = uniform(row[:, None], v.to(tl.uint32)[None, :], seed32) < e
-                grouped = tl.reshape(keep.to(tl.uint32), (BLOCK_N, WORDS, 32))
-                shift = tl.arange(0, 32).to(tl.uint32)[None, None, :]
-                word = first // 32 + tl.arange(0, WORDS)
-                num_words = tl.cdiv(V, 32)
-                tl.store(
-                    bits + i.to(tl.int64)[:, None] * num_words + word[None, :],
-                    tl.sum(grouped << shift, 2).to(tl.int32, bitcast=True),
-                    valid[:, None] & (word < num_words)[None, :],
-                )
+                store_kept(keep, bits, i, valid, first, V, BLOCK_N, SLICE)
             else:
                 m_new = tl.maximum(m, tl.max(d, 1))
                 s = s * tl.exp2(m - m_new) + tl.sum(tl.exp2(d - m_new[:, None]), 1)
@@ -245,13 +238,11 @@ def refine_kernel(
                                        HAS_BIAS, SOFTCAP)  # fmt: skip
         z_far = tl.where(is_exact, z, z_far)
         hit = v == y
-        # u is a multiple of 2^-24, so u < pi has probability ceil(2^24 pi) / 2^24.
-        pi = tl.exp(tl.minimum(z_far, 0.0))
-        weight = 16777216.0 / tl.maximum(tl.ceil(pi * 16777216.0), 1.0)
+        weight = inverse_probability(z_far)
         weight = tl.where((z_far >= 0.0) | hit, 1.0, weight)  # the target is kept whatever its u
         tl.store(weights + first + j, weight, here)
         a = tl.where(here, tl.exp(tl.minimum(z, 80.0)), 0.0)
-        in_tail = tl.where(here & (z_far < 0.0), pi, 0.0)
+        in_tail = tl.where(here & (z_far < 0.0), tl.exp(tl.minimum(z_far, 0.0)), 0.0)
         s += weight * (a - in_tail)
         t += weight * (a * tl.maximum(z, -1e4) - in_tail * z_far)
         q += weight * a * a  # the drawn ones alone are unbiased, and of no weight in this sum
