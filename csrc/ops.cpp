@@ -21,7 +21,9 @@ STABLE_TORCH_LIBRARY(dgg, m) {
       "Tensor target, Tensor? bias, Tensor lse, Tensor entropy, Tensor active, Tensor? seed, "
       "float temperature, float softcap, float grad_eps, bool screened, bool need_hidden, "
       "bool need_weight, bool need_bias, bool need_row_sq) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("quantize_rows_cpu(Tensor x, bool int8) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "quantize_rows_cpu(Tensor x, Tensor(a!) codes, Tensor(b!) scale, Tensor(c!) norm_sq,"
+      " Tensor(d!) residual_sq, Tensor? unchanged) -> ()");
   m.def("gate_new_batch(Tensor(a!) state, Tensor(b!) found_inf) -> ()");
   // signal: partial squares of the energy to be summed ([V] fp32 or fp64; squares=True), or the
   // energy itself (squares=False). total_norm: 0-dim fp32, the global gradient norm. header: pinned

@@ -71,10 +71,16 @@ def above_threshold(
 
 @triton.jit
 def quantize_kernel(
-    x, codes, scale, norm_sq, residual_sq, D, x_stride, largest,
-    BLOCK_D: tl.constexpr, INT8: tl.constexpr,
+    x, codes, scale, norm_sq, residual_sq, unchanged, D, x_stride, largest,
+    BLOCK_D: tl.constexpr, INT8: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
-    """Codes of one row, its scale (amax / largest), and squared norms of row and rounding error."""
+    """Codes of one row, its scale (amax / largest), and squared norms of row and rounding error.
+
+    ASK: unless `unchanged` is 1.0, and they are there already.
+    """
+    if ASK:  # noqa: SIM102  # a pointer that is None cannot stand in an "and"
+        if tl.load(unchanged) == 1.0:
+            return
     i = tl.program_id(0).to(tl.int64)
     top = tl.zeros([BLOCK_D], tl.float32)
     for d in range(0, D, BLOCK_D):
@@ -280,13 +286,20 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> Codes:
     """Codes of x [R, D], one scale a row."""
     R, D = x.shape
     codes = torch.empty(R, D, dtype=dtype, device=x.device)
-    scale, norm_sq, residual_sq = (torch.empty(R, device=x.device) for _ in range(3))
+    made = Codes(codes, *(torch.empty(R, device=x.device) for _ in range(3)))
+    quantize_rows_into(x, made)
+    return made
+
+
+def quantize_rows_into(x: Tensor, to: Codes, unchanged: Tensor | None = None) -> None:
+    """Writes the codes of x [R, D], unless the 0-dim fp32 `unchanged` is 1.0."""
+    R, D = x.shape
     if R > 0:
         quantize_kernel[(R,)](
-            x, codes, scale, norm_sq, residual_sq, D, x.stride(0), LARGEST[dtype],
-            BLOCK_D=min(4096, triton.next_power_of_2(D)), INT8=dtype == torch.int8,
+            x, *to, unchanged, D, x.stride(0), LARGEST[to.codes.dtype],
+            BLOCK_D=min(4096, triton.next_power_of_2(D)), INT8=to.codes.dtype == torch.int8,
+            ASK=unchanged is not None,
         )  # fmt: skip
-    return Codes(codes, scale, norm_sq, residual_sq)
 
 
 # Standard deviations of the screen's error that the threshold is lowered by: an entry with p > eps

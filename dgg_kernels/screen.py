@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 Screen = Literal["bf16", "int8", "fp8"]
@@ -24,46 +27,109 @@ class ScreenStats(NamedTuple):
     missed: Tensor  # 0-dim: estimate of entries with p > grad_eps that were not kept, over all rows
 
 
-class _Copy(NamedTuple):
+@dataclass
+class _Copy:
     version: int
     address: int
     codes: list[Tensor]
+    # 0-dim fp32: 1.0 while every optimizer that stepped since the codes were made skipped its step.
+    unchanged: Tensor | None
 
 
 # By identity: two weights that compare equal are two weights.
 _copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_SPOT_CHECKS = 64  # rows
 
 
-@torch.library.custom_op("dgg::quantize_rows", mutates_args=())
-def _quantize_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "dgg::quantize_rows", mutates_args=("codes", "scale", "norm_sq", "residual_sq")
+)
+def _quantize_rows(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    norm_sq: Tensor,
+    residual_sq: Tensor,
+    unchanged: Tensor | None,
+) -> None:
     if x.device.type == "cpu":
-        return torch.ops.dgg.quantize_rows_cpu(x, kind == "int8")
+        torch.ops.dgg.quantize_rows_cpu(x, codes, scale, norm_sq, residual_sq, unchanged)
+        return
     module = importlib.import_module(f"{__package__}.lm_head_screen")  # needs triton
-    return module.quantize_rows(x, _CODES[kind])
+    module.quantize_rows_into(x, module.Codes(codes, scale, norm_sq, residual_sq), unchanged)
 
 
 @_quantize_rows.register_fake
-def _(x, kind):
-    rows = [x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3)]
-    return x.new_empty(x.shape, dtype=_CODES[kind]), *rows
+def _(x, codes, scale, norm_sq, residual_sq, unchanged):
+    return None
+
+
+def _quantized(weight: Tensor, kind: Screen) -> list[Tensor]:
+    rows = [weight.new_empty(weight.shape[0], dtype=torch.float32) for _ in range(3)]
+    codes = [weight.new_empty(weight.shape, dtype=_CODES[kind]), *rows]
+    _quantize_rows(weight, *codes, None)
+    return codes
 
 
 def codes_of(weight: Tensor, kind: Screen) -> list[Tensor]:
     """Codes of a weight [V, D]: codes [V, D], scale [V], squared norms of rows and rounding [V].
 
-    Kept until the weight is written to: any in-place operation counts, a step of an optimizer too.
+    Kept until the weight is written to, which its version counter does not always tell: it stands
+    still under torch's fused optimizers, FSDP's all-gather and writes through `.data`. So any step
+    of any optimizer counts as a write, unless its `found_inf` made it an empty one, and some rows
+    are compared at every call: the device decides then whether to make the codes anew.
+    Compiled or captured calls, whose repetition asks nobody, always do.
     """
-    if torch.compiler.is_compiling():
-        return list(_quantize_rows(weight.detach(), kind))
+    data = weight.detach()
+    if torch.compiler.is_compiling() or _steps_are_captured or _capturing():
+        return _quantized(data, kind)
     if weight not in _copies:
         _copies[weight] = {}
     of_weight: dict[str, _Copy] = _copies[weight]
     kept = of_weight.get(kind)
     if kept is None or (kept.version, kept.address) != (weight._version, weight.data_ptr()):
         of_weight.pop(kind, None)  # before the new copy takes memory
-        codes = list(_quantize_rows(weight.detach(), kind))
-        kept = of_weight[kind] = _Copy(weight._version, weight.data_ptr(), codes)
+        codes = _quantized(data, kind)
+        kept = of_weight[kind] = _Copy(weight._version, weight.data_ptr(), codes, None)
+    else:
+        same = _spot_check(data, kept.codes, kind)
+        unchanged = same if kept.unchanged is None else same * kept.unchanged
+        _quantize_rows(data, *kept.codes, unchanged)
+        kept.unchanged = None
     return kept.codes
+
+
+def _spot_check(weight: Tensor, codes: list[Tensor], kind: Screen) -> Tensor:
+    """1.0 if some rows' squared norms and rounding errors are what they were, to the bit."""
+    every = max(1, len(weight) // _SPOT_CHECKS)
+    fresh = torch.stack(_quantized(weight[::every], kind)[2:])
+    return (fresh == torch.stack([squares[::every] for squares in codes[2:]])).all().float()
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+_steps_are_captured = False  # then weights change by replays, of which nothing here is told
+
+
+def _count_step(optimizer: Optimizer, *_: object) -> None:
+    """After any optimizer's step: what has been written, as far as the host can know."""
+    global _steps_are_captured
+    _steps_are_captured = _steps_are_captured or _capturing()
+    skipped = getattr(optimizer, "found_inf", None)
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        skipped = None  # who reads it, and when, is not known
+    for of_weight in _copies.values():
+        for kind, kept in list(of_weight.items()):
+            if skipped is None or skipped.device != kept.codes[0].device:
+                del of_weight[kind]
+            else:
+                now = (skipped == 1.0).float()
+                kept.unchanged = now if kept.unchanged is None else now * kept.unchanged
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def check_screen(screen: str, hidden: Tensor, grad_eps: float) -> None:

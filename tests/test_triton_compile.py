@@ -166,7 +166,7 @@ def test_refine(architecture, codes, dtype):
     constants = {"HAS_BIAS": True, "SOFTCAP": True, "INT8": codes == "i8", **options}
     tiles = {"x_codes": f"*{codes}", "w_codes": f"*{codes}"}
     check(screen.refine_kernel, architecture, dtype, constants, num_warps, tiles=tiles)
-    constants = {"BLOCK_D": 4096, "INT8": codes == "i8"}
+    constants = {"BLOCK_D": 4096, "INT8": codes == "i8", "ASK": True}
     check(screen.quantize_kernel, architecture, dtype, constants, 4,
           tiles={"codes": f"*{codes}"})  # fmt: skip
 

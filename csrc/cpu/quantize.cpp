@@ -1,6 +1,6 @@
 #include "quantize.h"
 
-#include <tuple>
+#include <optional>
 
 namespace dgg {
 namespace {
@@ -55,20 +55,10 @@ RowCodes to_codes(const T* row, int64_t d, BFloat16* codes) {
   return {1.0f, (float)square, (float)error};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_rows_cpu(const Tensor& x, bool int8) {
-  const Codes made = quantize_rows(x, int8);
-  return {made.codes, made.scale, made.norm_sq, made.residual_sq};
-}
-
-}  // namespace
-
-Codes quantize_rows(const Tensor& x, bool int8) {
-  STD_TORCH_CHECK(x.dim() == 2, "quantize_rows: expected [R, D]");
+void fill(const Tensor& x, const Codes& to) {
   const Tensor from = torch::stable::contiguous(x);
   const int64_t rows = x.size(0), d = x.size(1);
-  const Codes to{
-      torch::stable::new_empty(x, {rows, d}, int8 ? ScalarType::Char : ScalarType::BFloat16),
-      new_floats(x, {rows}), new_floats(x, {rows}), new_floats(x, {rows})};
+  const bool int8 = to.codes.scalar_type() == ScalarType::Char;
   float *scale = mutable_data<float>(to.scale), *norm_sq = mutable_data<float>(to.norm_sq),
         *residual_sq = mutable_data<float>(to.residual_sq);
   by_dtype(from, [&](auto t) {
@@ -82,6 +72,24 @@ Codes quantize_rows(const Tensor& x, bool int8) {
       }
     });
   });
+}
+
+// unchanged: [] fp32; at 1.0 the outputs hold the codes of x already.
+void quantize_rows_cpu(const Tensor& x, const Tensor& codes, const Tensor& scale,
+                       const Tensor& norm_sq, const Tensor& residual_sq,
+                       const std::optional<Tensor>& unchanged) {
+  if (!unchanged || *data<float>(*unchanged) != 1.0f) fill(x, {codes, scale, norm_sq, residual_sq});
+}
+
+}  // namespace
+
+Codes quantize_rows(const Tensor& x, bool int8) {
+  STD_TORCH_CHECK(x.dim() == 2, "quantize_rows: expected [R, D]");
+  const int64_t rows = x.size(0);
+  const Codes to{torch::stable::new_empty(x, {rows, x.size(1)},
+                                          int8 ? ScalarType::Char : ScalarType::BFloat16),
+                 new_floats(x, {rows}), new_floats(x, {rows}), new_floats(x, {rows})};
+  fill(x, to);
   return to;
 }
 
