@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress as Bars
 
 from python_trainer.config import TrainConfig
-from python_trainer.files import MetricsLog, read_metrics
-from python_trainer.loop import ArmResult, prepare, train
+from python_trainer.files import read_metrics
+from python_trainer.loop import Progress, prepare, train
 from python_trainer.tasks import make_task
 
 from . import common
@@ -47,12 +47,10 @@ def curves(config: TrainConfig, arms: list[str], tick: Any) -> dict[str, dict[st
     found = {}
     for arm in arms:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "metrics.jsonl"
-            log = MetricsLog(path)
             changed = dataclasses.replace(config, **ARMS[arm])
-            train(changed, start, log, ArmResult(), lambda _: tick())
-            log.close()
-            rows = [row for row in read_metrics(path) if row["type"] == "update"]
+            train(changed, start, Path(folder), Progress(), lambda _: tick())
+            log = read_metrics(Path(folder) / "metrics.jsonl")
+            rows = [row for row in log if row["type"] == "update"]
         found[arm] = {name: [row[name] for row in rows] for name in CURVES}
     return found
 
@@ -128,7 +126,7 @@ def main() -> None:
         "arms": {arm: ARMS[arm] for arm in args.arms},
         "seeds": {},
     }
-    with Progress(console=console, transient=True) as progress:
+    with Bars(console=console, transient=True) as progress:
         bar = progress.add_task("runs", total=args.seeds * len(args.arms) * args.batches)
         for seed in range(args.seeds):
             config = TrainConfig(

@@ -24,10 +24,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dgg_kernels import GateConfig, GradientGate, linear_logprob
-from python_trainer.config import TrainConfig
-from python_trainer.files import MetricsLog
-from python_trainer.loop import ArmResult, prepare, train
-from python_trainer.tasks import make_task
 
 from . import common
 from .rows import Rows, real_rows
@@ -78,6 +74,11 @@ def share_of_update(threads: int) -> dict[str, float]:
 
     Clipping's global norm is taken in `decide()` too; a loop without a gate would pay it elsewhere.
     """
+    from python_trainer.config import TrainConfig
+    from python_trainer.loop import Progress as Progressed
+    from python_trainer.loop import prepare, train
+    from python_trainer.tasks import make_task
+
     config = TrainConfig(
         rollout_batches=20, num_iterations=4, warmup_max_steps=20, eval_every=100,
         eval_prompts=64, threads=threads, gate_threshold=1e9,
@@ -90,17 +91,15 @@ def share_of_update(threads: int) -> dict[str, float]:
         original(gate, energy)
         seconds.append(time.perf_counter() - began)
 
-    result = ArmResult()
+    progress = Progressed()
     GradientGate.decide = timed_decide  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            log = MetricsLog(Path(folder) / "metrics.jsonl")
             start = prepare(config, make_task(config.task, config.task_options))
-            train(config, start, log, result)
-            log.close()
+            train(config, start, Path(folder), progress)
     finally:
         GradientGate.decide = original  # type: ignore[method-assign]
-    update = result.seconds["update"] / result.updates_attempted
+    update = progress.seconds["update"] / progress.updates_attempted
     decide = statistics.median(seconds)
     return {"update_s": update, "decide_s": decide, "share": decide / update}
 

@@ -1,25 +1,32 @@
-"""Several arms from one warm start, and the run directory that they fill.
+"""Several arms and seeds, one warm start a seed, and the run directory that they fill.
 
-- `<out>/<arm>/metrics.jsonl`: every update attempt and every evaluation
-- `<out>/summary.json`: counters per arm; seed, versions, commit, configuration
+- `<out>/run.json`: what was asked for; `resume` reads it
+- `<out>/<arm>/seed-<n>/metrics.jsonl`: every update attempt and every evaluation
+- `<out>/<arm>/seed-<n>/checkpoints/`: where it goes on, and the final weights
+- `<out>/summary.json`: counters per arm and seed; versions, commit, configuration
 - `<out>/*.png` and `report.html`: see `report`
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
+from . import checkpoint
 from .config import ConfigError, TaskError, TrainConfig
-from .files import MetricsLog, commit, versions, write_json
-from .loop import ArmResult, WarmStart, prepare, train
-from .model import CharTokenizer, check_device
+from .distributed import Ranks, check_parallel
+from .files import Row, commit, versions, write_json
+from .loop import Progress, WarmStart, prepare, train
+from .model import check_model
 from .tasks import make_task
 
 # What an arm changes in the shared configuration. DGG and its controls may go up to K=8, where
@@ -33,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "kl": {"gate": "kl"},
     "global_norm": {"gate": "global_norm"},
 }
+Mirrors = Callable[[Path], "list[Callable[[Row], None]]"]
 DEFAULT_ARMS = ("single_use", "fixed_k4", "fixed_k8", "dgg", "random")
 
 
@@ -51,45 +59,90 @@ def arm_configs(config: TrainConfig, names: list[str]) -> dict[str, TrainConfig]
     return {name: replace(config, **PRESETS[name]) for name in ordered}
 
 
-def run(
-    arms: dict[str, TrainConfig], out: Path, console: Console, match_random: bool = True
-) -> dict[str, Any]:
-    """Warm up once, train every arm, and keep `summary.json` up to date after each.
+def begin(
+    arms: dict[str, TrainConfig], out: Path, seeds: list[int], match_random: bool = True
+) -> None:
+    """Check all settings, then write `run.json`; what an earlier run left in `out` is removed.
 
     Args:
-        arms: name -> configuration; they share the warm start of the first one.
-        out: the run directory. Results of an earlier run in it are removed first.
-        console: where progress is shown (nothing is, unless it is a terminal).
+        arms: name -> configuration; of one seed they share the warm start of the first.
+        out: the run directory.
+        seeds: each arm is run with each of them.
         match_random: set the random arm's `mean_uses` to what the dgg arm came to, if both run.
+
+    Raises:
+        ConfigError: a setting is wrong. Nothing was touched.
+    """
+    for config in arms.values():
+        make_task(config.task, config.task_options)
+        check_model(config)
+        check_parallel(config)
+    if not Ranks().first:
+        return
+    for path in [*out.glob("*/seed-*/checkpoints"), *out.glob("*/seed-*/metrics.jsonl"),
+                 *(out / name for name in ("summary.json", "report.html")),
+                 *out.glob("*.png")]:  # fmt: skip
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    asked = {name: asdict(config) for name, config in arms.items()}
+    write_json(out / "run.json", {"arms": asked, "seeds": seeds, "match_random": match_random})
+
+
+def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[str, Any]:
+    """Run, or take up again, what `run.json` asks for.
+
+    Arms that are done are left alone, others go on at their newest checkpoint. `summary.json` is
+    kept up to date after each.
+
+    Args:
+        out: the run directory.
+        console: where progress is shown (nothing is, unless it is a terminal).
+        mirrors: what else takes the rows of a run in this folder.
 
     Returns:
         The summary. On Ctrl-C and on any error it is written (with `interrupted` or `error` set)
         before the exception goes on.
     """
-    first = next(iter(arms.values()))
-    # Whatever can be wrong with the settings comes to light here, before any file exists.
-    task = make_task(first.task, first.task_options)
-    CharTokenizer(first.vocab_size)
-    check_device(first.device)
-    results: dict[str, ArmResult] = {}
-    clear(out)
-    start: WarmStart | None = None
+    asked = read_run(out)
+    ranks = Ranks()
+    console = console if ranks.first else Console(quiet=True)
+    runs: dict[tuple[str, int], Progress] = {}
+    warmups: dict[str, dict[str, Any]] = _warmups_so_far(out)
+    configs: dict[str, TrainConfig] = {}
     status: dict[str, Any] = {"interrupted": False, "error": None}
+
+    def write_summary() -> dict[str, Any]:
+        summary = summarise(configs, runs, warmups, status)
+        if ranks.first:
+            write_json(out / "summary.json", summary)
+        return summary
+
     try:
-        with progress_bar(console, "warm-up", None):
-            start = prepare(first, task)
-        for name, config in arms.items():
-            if config.gate == "random" and match_random and "dgg" in results:
-                uses = min(max(results["dgg"].mean_uses, 1.0), float(config.num_iterations))
-                arms[name] = config = replace(config, mean_uses=uses)
-            results[name] = ArmResult()
-            log = MetricsLog(out / name / "metrics.jsonl")
-            with progress_bar(console, name, config.rollout_batches) as tick:
-                train(config, start, log, results[name], tick)
-            log.close()
-            write_json(out / "summary.json", summarise(arms, results, start, status))
-            if not console.is_terminal:  # no bar is shown: a line per arm tells that it goes on
-                console.print(f"{name}: done in {sum(results[name].seconds.values()):.0f} s")
+        for seed in asked["seeds"]:
+            start: WarmStart | None = None
+            for name, settings in asked["arms"].items():
+                config = replace(TrainConfig(**settings), seed=seed)
+                dgg = runs.get(("dgg", seed))
+                if config.gate == "random" and asked["match_random"] and dgg is not None:
+                    uses = min(max(dgg.mean_uses, 1.0), float(config.num_iterations))
+                    config = replace(config, mean_uses=uses)
+                configs[name] = config
+                folder = out / name / f"seed-{seed}"
+                done = checkpoint.progress_in(folder / "checkpoints")
+                if done is not None and done["finished"]:
+                    runs[name, seed] = Progress(**done)
+                    continue
+                label = name if len(asked["seeds"]) == 1 else f"{name}, seed {seed}"
+                if start is None:
+                    with progress_bar(console, "warm-up", None):
+                        start = prepare(config, make_task(config.task, config.task_options))
+                    warmups[str(seed)] = asdict(start.warmup)
+                runs[name, seed] = progress = Progress()
+                write_summary()
+                with progress_bar(console, label, config.rollout_batches) as tick:
+                    train(config, start, folder, progress, tick, console.print, mirrors(folder))
+                write_summary()
+                if not console.is_terminal:  # no bar is shown: a line tells that it goes on
+                    console.print(f"{label}: done in {sum(progress.seconds.values()):.0f} s")
     except KeyboardInterrupt:
         status["interrupted"] = True
         raise
@@ -97,63 +150,83 @@ def run(
         status["error"] = str(error) if isinstance(error, TaskError) else repr(error)
         raise
     finally:
-        summary = summarise(arms, results, start, status)
-        write_json(out / "summary.json", summary)
+        summary = write_summary()
     return summary
 
 
-def clear(out: Path) -> None:
-    """Remove what an earlier run wrote, so that no old arm is taken for a new one."""
-    patterns = ("summary.json", "report.html", "*.png", "*/metrics.jsonl")
-    for path in [p for pattern in patterns for p in out.glob(pattern)]:
-        path.unlink()
+def _warmups_so_far(out: Path) -> dict[str, dict[str, Any]]:
+    """Of seeds that are done, whose warm start is not made again."""
+    try:
+        return json.loads((out / "summary.json").read_text())["warmups"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """What `run.json` asks for.
+
+    Raises:
+        ConfigError: `out` is no run directory, or its settings are not this version's.
+    """
+    try:
+        asked = json.loads((out / "run.json").read_text())
+        for settings in asked["arms"].values():
+            TrainConfig(**settings)
+        return {name: asked[name] for name in ("arms", "seeds", "match_random")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"out: expected a run directory with run.json, got {str(out)!r} ({error})"
+        ) from error
 
 
 def summarise(
-    arms: dict[str, TrainConfig],
-    results: dict[str, ArmResult],
-    start: WarmStart | None,
+    configs: dict[str, TrainConfig],
+    runs: dict[tuple[str, int], Progress],
+    warmups: dict[str, dict[str, Any]],
     status: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of `summary.json`.
 
-    `final_accuracy` is the last evaluation's, `late_accuracy` the mean of the last quarter of the
-    evaluations (an arm that swings can end high or low by luck). `rollouts_to_single_use_final` is
-    the first evaluated number of rollout batches at which an arm was as accurate as single use at
-    its end (null: never, or single use is not among the arms or did not finish).
+    Per run: `final_accuracy` is the last evaluation's, `late_accuracy` the mean of the last quarter
+    of the evaluations (an arm that swings can end high or low by luck).
+    `rollouts_to_single_use_final` is the first evaluated number of rollout batches at which an arm
+    was as accurate as single use of the same seed at its end (null: never, or single use is not
+    among the arms or did not finish).
     """
-    single = results.get("single_use")
-    goal = single.accuracy[-1][1] if single is not None and single.finished else None
-    first = next(iter(arms.values()))
-    rows = {}
-    for name, result in results.items():
-        accuracies = [accuracy for _, accuracy in result.accuracy]
+    rows = []
+    for (name, seed), progress in runs.items():
+        single = runs.get(("single_use", seed))
+        goal = single.accuracy[-1][1] if single is not None and single.finished else None
+        accuracies = [accuracy for _, accuracy in progress.accuracy]
         late = accuracies[-max(1, len(accuracies) // 4) :]
-        reached = [n for n, accuracy in result.accuracy if goal is not None and accuracy >= goal]
-        rows[name] = {
-            "gate": arms[name].gate,
-            "num_iterations": arms[name].num_iterations,
-            "finished": result.finished,
-            "rollouts": result.rollouts,
-            "sequences": result.sequences,
-            "updates_attempted": result.updates_attempted,
-            "updates_applied": result.updates_applied,
-            "mean_uses": result.mean_uses,
+        reached = [n for n, accuracy in progress.accuracy if goal is not None and accuracy >= goal]
+        rows.append({
+            "arm": name,
+            "seed": seed,
+            "gate": configs[name].gate,
+            "num_iterations": configs[name].num_iterations,
+            "finished": progress.finished,
+            "rollouts": progress.rollouts,
+            "sequences": progress.sequences,
+            "updates_attempted": progress.updates_attempted,
+            "updates_applied": progress.updates_applied,
+            "mean_uses": progress.mean_uses,
             "final_accuracy": accuracies[-1] if accuracies else None,
             "late_accuracy": sum(late) / len(late) if late else None,
             "best_accuracy": max(accuracies, default=None),
             "rollouts_to_single_use_final": reached[0] if reached else None,
-            "wall_s": round(sum(result.seconds.values()), 3),
-            "seconds": {part: round(s, 3) for part, s in result.seconds.items()},
-        }
+            "wall_s": round(sum(progress.seconds.values()), 3),
+            "seconds": {part: round(s, 3) for part, s in progress.seconds.items()},
+        })  # fmt: skip
     return {
         **status,
-        "seed": first.seed,
         "versions": versions(),
         "commit": commit(),
-        "warmup": None if start is None else asdict(start.warmup),
-        "arms": rows,
-        "config": {name: asdict(config) for name, config in arms.items()},
+        "warmups": warmups,
+        "runs": rows,
+        "config": {name: asdict(config) for name, config in configs.items()},
     }
 
 
@@ -165,11 +238,11 @@ def progress_bar(console: Console, name: str, total: int | None) -> Iterator[Any
         TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        bar = progress.add_task(name, total=total, note="")
+    with Bars(*columns, console=console, transient=True, disable=hidden) as bars:
+        bar = bars.add_task(name, total=total, note="")
 
-        def tick(result: ArmResult) -> None:
-            note = f"accuracy {result.accuracy[-1][1]:.3f}  uses {result.mean_uses:.2f}"
-            progress.update(bar, completed=result.rollouts, note=note)
+        def tick(progress: Progress) -> None:
+            note = f"accuracy {progress.accuracy[-1][1]:.3f}  uses {progress.mean_uses:.2f}"
+            bars.update(bar, completed=progress.rollouts, note=note)
 
         yield tick

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 GATES = ("off", "dgg", "random", "kl", "global_norm")
-LOSSES = ("grpo", "dapo")
+LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo")
+SCALES = ("group", "batch", "none")
 STATISTICS = ("increment", "level", "either")
+DTYPES = ("float32", "bfloat16")
+PARALLELS = ("ddp", "fsdp2")
 SCREENS = (None, "bf16", "int8", "fp8")
 
 
@@ -20,8 +24,12 @@ class TaskError(RuntimeError):
     """A task's sampler or verifier failed. The message is one line that names the task."""
 
 
-def default_task_options() -> dict[str, Any]:
-    return {"dataset": "number_sorting"}
+class EngineError(RuntimeError):
+    """A server that samples cannot be reached or did not answer as it should. One line."""
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint can be read, or this one is of another run. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +42,32 @@ class TrainConfig:
 
     # Task
     task: str = "math"
-    task_options: dict[str, Any] = field(default_factory=default_task_options)
+    task_options: dict[str, Any] = field(default_factory=dict)
 
     # Rollouts
     rollout_batches: int = 160
     prompts_per_batch: int = 16
     num_generations: int = 8  # completions per prompt: the group that advantages compare
-    max_completion_length: int = 9  # the default task's longest answer, and eos
+    max_completion_length: int = 9  # tokens a turn; the default task's longest answer, and eos
+    max_context_length: int = 512  # tokens an episode: prompt, turns and observations
+    generation_batch_size: int = 128  # episodes that are sampled side by side
+    vllm_url: str | None = None  # a vLLM server that samples (see vllm_engine); None: transformers
+    task_timeout: float = 60.0  # seconds that an environment or verifier may take for an answer
     temperature: float = 1.0
 
     # Updates
     num_iterations: int = 8  # K: the most updates that one rollout batch may give
     loss_type: str = "dapo"
     epsilon: float = 0.2
-    epsilon_high: float | None = None  # None: the same as epsilon
+    # None: the same as epsilon. With cispo it must be given: the most that a ratio may weigh.
+    epsilon_high: float | None = None
     beta: float = 0.0  # weight of the k3 KL to the warm start
+    scale_rewards: str = "group"  # whose standard deviation advantages are divided by
+    mask_truncated_completions: bool = False  # those that did not end count for nothing
+    micro_batch_size: int | None = None  # sequences a pass, whose gradients add up; None: all
     learning_rate: float = 2e-4
+    lr_warmup: int = 0  # applied updates over which the learning rate rises
+    lr_decay: int | None = None  # applied updates after which it has fallen to zero; None: it stays
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     grad_eps: float = 2**-12  # where linear_logprob's random tail begins; 0 is exact
@@ -63,8 +81,13 @@ class TrainConfig:
     kl_stop: float = 0.01  # gate="kl": stop when KL(old || new) per token exceeds this
     mean_uses: float = 2.0  # gate="random": updates per batch to aim at
 
-    # Model: a Llama-style decoder with an untied head, trained from scratch
-    vocab_size: int = 512
+    # Model: embedded (small, trained from scratch), smollm2, or a transformers name or folder
+    model: str = "embedded"
+    dtype: str = "float32"
+    lora_rank: int = 0  # 0: all weights are trained
+    gradient_checkpointing: bool = False
+    parallel: str = "ddp"  # under torchrun: ddp, or fsdp2
+    vocab_size: int = 512  # this one and the next three are of the embedded model
     hidden_size: int = 64
     num_layers: int = 2
     num_heads: int = 4
@@ -74,11 +97,13 @@ class TrainConfig:
     warmup_max_steps: int = 2000
     warmup_batch_size: int = 128
     warmup_learning_rate: float = 3e-3
+    warmup_eval_every: int = 5  # steps
 
-    # Evaluation: exact expected accuracy on held-out prompts
+    # Evaluation on held-out examples: exact expectation or sampled episodes, as the task allows
     eval_every: int = 4  # rollout batches
     eval_prompts: int = 512
 
+    save_every: int = 200  # update attempts between checkpoints
     seed: int = 0
     device: str = "cpu"
     # CPU threads of torch. Fixed, because the order of sums depends on it; 1, because two threads
@@ -87,16 +112,23 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "rollout_batches", "prompts_per_batch", "max_completion_length", "num_iterations",
-            "vocab_size", "hidden_size", "num_layers", "num_heads",
-            "warmup_batch_size", "eval_every", "eval_prompts", "threads",
+            "rollout_batches", "prompts_per_batch", "max_completion_length", "max_context_length",
+            "generation_batch_size", "num_iterations", "vocab_size", "hidden_size", "num_layers",
+            "num_heads", "warmup_batch_size", "warmup_eval_every", "eval_every", "eval_prompts",
+            "save_every", "threads",
         ):  # fmt: skip
             self._integer(name, at_least=1)
+        for name in ("micro_batch_size", "lr_decay"):
+            if getattr(self, name) is not None:
+                self._integer(name, at_least=1)
         self._integer("num_generations", at_least=2)  # a group of one has no advantage
         self._integer("gate_window", at_least=2)
-        self._integer("warmup_max_steps", at_least=0)
+        for name in ("warmup_max_steps", "lr_warmup", "lora_rank"):
+            self._integer(name, at_least=0)
         self._integer("seed", at_least=0)
-        for name in ("temperature", "learning_rate", "max_grad_norm", "warmup_learning_rate"):
+        for name in (
+            "temperature", "learning_rate", "max_grad_norm", "warmup_learning_rate", "task_timeout",
+        ):  # fmt: skip
             self._number(name, above=0.0)
         for name in ("beta", "weight_decay", "kl_stop", "grad_eps"):
             self._number(name, at_least=0.0)
@@ -104,12 +136,24 @@ class TrainConfig:
             self._number(name)
         self._number("warmup_accuracy", at_least=0.0, at_most=1.0)
         self._number("epsilon", above=0.0, at_most=1.0)
-        if self.epsilon_high is not None:
+        if self.loss_type == "cispo":
+            self._number("epsilon_high", at_least=1.0)  # below, fresh samples are capped as well
+        elif self.epsilon_high is not None:
             self._number("epsilon_high", above=0.0)
         self._choice("gate", GATES)
         self._choice("loss_type", LOSSES)
+        self._choice("scale_rewards", SCALES)
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError(f"model: expected a name or a folder, got {self.model!r}")
+        self._choice("dtype", DTYPES)
+        self._choice("parallel", PARALLELS)
+        for name in ("mask_truncated_completions", "gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected a bool, got {getattr(self, name)!r}")
         self._choice("gate_statistic", STATISTICS)
         self._choice("screen", SCREENS)
+        if self.vllm_url is not None:
+            self._server(self.vllm_url)
         if self.screen is not None and self.grad_eps == 0:
             raise ConfigError("screen: needs grad_eps > 0, got grad_eps=0.0")
         if not isinstance(self.task_options, dict):
@@ -127,9 +171,21 @@ class TrainConfig:
 
     @property
     def clip_range(self) -> tuple[float, float]:
-        """(low, high) bounds of the importance ratio."""
+        """(low, high) bounds of the importance ratio: (1 - epsilon, 1 + epsilon_high).
+
+        (0, epsilon_high) with cispo, where TRL takes epsilon_high for the bound itself.
+        """
+        if self.loss_type == "cispo" and self.epsilon_high is not None:
+            return 0.0, self.epsilon_high
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         return 1.0 - self.epsilon, 1.0 + high
+
+    def learning_rate_factor(self, applied: int) -> float:
+        """Of the learning rate, after so many applied updates: up, then in a straight line down."""
+        factor = min(1.0, (applied + 1) / (self.lr_warmup + 1))
+        if self.lr_decay is not None:
+            factor *= max(0.0, 1.0 - applied / self.lr_decay)
+        return factor
 
     @property
     def sequences_per_batch(self) -> int:
@@ -158,6 +214,18 @@ class TrainConfig:
         ]
         wanted = " ".join(["a finite number", " and ".join(bounds)]).strip()
         raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
+
+    def _server(self, url: Any) -> None:
+        """`vllm_url`, and what cannot be had with it."""
+        try:
+            parts = urlsplit(url)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            if not (known and parts.path in ("", "/") and not parts.query + parts.fragment):
+                raise ValueError
+        except (ValueError, TypeError, AttributeError):  # a wrong port is a ValueError
+            raise ConfigError(f"vllm_url: expected http(s)://HOST[:PORT], got {url!r}") from None
+        if self.lora_rank:
+            raise ConfigError(f"lora_rank: expected 0 with vllm_url, got {self.lora_rank!r}")
 
     def _choice(self, name: str, known: tuple[str | None, ...]) -> None:
         value = getattr(self, name)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +32,46 @@ class MetricsLog:
 
     Floats are written by `repr`, so they come back bit for bit. null stands for NaN and for "no
     value here". Wall times are not in it: two runs of one seed write the same bytes.
+
+    Args:
+        path: the file.
+        size: bytes of it to keep, when a run goes on from a checkpoint that knew no more.
+        write: False on all ranks but the first.
+        mirrors: called with every row too (`trackers`).
     """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+    def __init__(
+        self,
+        path: Path,
+        size: int = 0,
+        write: bool = True,
+        mirrors: Sequence[Callable[[Row], None]] = (),
+    ) -> None:
+        self.size, self._file, self._mirrors = size, None, mirrors
+        if write:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+            self._file.truncate(size)
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps(_encode(row), allow_nan=False).encode() + b"\n")
+        line = json.dumps(_encode(row), allow_nan=False).encode() + b"\n"
+        if self._file is not None:
+            self._file.write(line)
+            for mirror in self._mirrors:
+                mirror(row)
+        self.size += len(line)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a `metrics.jsonl`, with null as NaN again."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):  # cut by a crash; a run that goes on writes it again
+            break
         row = json.loads(line)
         for key, value in row.items():
             if value is None:

@@ -1,36 +1,38 @@
 """The training loop of one arm: GRPO with gated re-use of each rollout batch.
 
-What the rows of `metrics.jsonl` hold is told at `update_row` and `evaluate`.
+What the rows of `metrics.jsonl` hold is told at `update_row` and `Run.evaluate`. Everything that a
+run needs to go on is in `Run`: a checkpoint may fall between any two of its acts.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
-from dgg_kernels.monitor import WeightDivergence, chi2, chi2_lower_bound, score_squared
+from dgg_kernels import GatedScheduler
+from dgg_kernels.monitor import WeightDivergence
 
-from .config import TrainConfig
+from . import checkpoint
+from .config import CheckpointError, TrainConfig
+from .distributed import Ranks, gathered, spread, whole
+from .engine import make_engine
+from .evaluate import Evaluator, shown
 from .files import MetricsLog, Row
-from .loss import Loss, group_advantages, policy_loss
-from .model import CharTokenizer, build_model, head_weight, middle_weight
-from .rollout import (
-    Rollout,
-    Sequences,
-    completion_logprobs,
-    expected_accuracy,
-    rollout,
-    with_answers,
-)
-from .stopping import ARMS
+from .loss import group_advantages, mask_truncated, policy_loss, token_shares
+from .model import Policy, load_policy
+from .rollout import Rollout, Sequences, Transcript, in_chunks, pack, play, texts
+from .stopping import ARMS, Arm
 from .tasks import Task
 from .warmup import WarmUp, warm_up
+from .watch import Watch
 
 
 @dataclass
@@ -38,23 +40,22 @@ class WarmStart:
     """What all arms of a comparison begin from."""
 
     task: Task
-    tokenizer: CharTokenizer
-    model: Any  # each arm trains a copy
-    held_out: Sequences
+    policy: Policy  # each arm trains a copy
     warmup: WarmUp
 
 
 @dataclass
-class ArmResult:
-    """Counters of one arm, kept up to date while it runs, so that an interrupted one has them."""
+class Progress:
+    """Where an arm is, in plain numbers: kept up to date, so that an interrupted one has them."""
 
     rollouts: int = 0  # rollout batches drawn
     sequences: int = 0  # completions sampled: rollouts * prompts_per_batch * num_generations
+    uses: int = 0  # begun, of the batch in hand
     updates_attempted: int = 0  # uses begun, applied or not
     updates_applied: int = 0
     accuracy: list[tuple[int, float]] = field(default_factory=list)  # (rollouts, accuracy)
     seconds: dict[str, float] = field(
-        default_factory=lambda: {"rollout": 0.0, "update": 0.0, "evaluate": 0.0}
+        default_factory=lambda: dict.fromkeys(("rollout", "update", "evaluate", "save"), 0.0)
     )
     finished: bool = False
 
@@ -65,188 +66,314 @@ class ArmResult:
 
 
 def prepare(config: TrainConfig, task: Task) -> WarmStart:
-    """Build and warm up the model; deterministic in `config`."""
+    """Build and warm up the policy; deterministic in `config`."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    tokenizer = CharTokenizer(config.vocab_size)
-    model = build_model(config)
-    examples = task.sample(config.eval_prompts, "held-out", held_out=True)
-    held_out = with_answers(tokenizer, examples, config.device)
-    warmup = warm_up(model, tokenizer, task, held_out, config)
-    return WarmStart(task, tokenizer, model, held_out, warmup)
+    policy = load_policy(config, texts(task, 256, config))
+    return WarmStart(task, policy, warm_up(policy, task, config))
+
+
+def load_weights(config: TrainConfig, task: Task, state: dict[str, Any]) -> Policy:
+    """The policy with the weights of a checkpoint."""
+    torch.manual_seed(config.seed)
+    policy = load_policy(config, texts(task, 256, config))
+    checkpoint.restore_weights(policy, state)
+    return policy
 
 
 def train(
     config: TrainConfig,
     start: WarmStart,
-    log: MetricsLog,
-    result: ArmResult,
-    tick: Callable[[ArmResult], None] = lambda _: None,
+    folder: Path,
+    progress: Progress,
+    tick: Callable[[Progress], None] = lambda _: None,
+    warn: Callable[[str], None] = print,
+    mirrors: Sequence[Callable[[Row], None]] = (),
 ) -> None:
-    """Train a copy of the warm start; rows go to `log`, counters to `result`.
+    """Train a copy of the warm start, from where `folder` says; rows go to its `metrics.jsonl`.
 
-    Bit-reproducible for a seed, machine and torch version: prompts depend on (seed, batch) alone,
-    so that all arms meet the same ones; sampling has its own generator; torch's default generator
-    (which seeds `linear_logprob`'s random tail) is reseeded here.
+    Bit-reproducible for a seed, machine, torch version and number of processes, whether or not it
+    was interrupted: prompts and samples depend on (seed, batch) alone, so that all arms meet the
+    same prompts; torch's default generator (which seeds `linear_logprob`'s random tail) is reseeded
+    here, and checkpointed.
 
     Raises:
-        TaskError: the task's verifier failed. `log` and `result` hold all that came before.
+        TaskError: the task's environment failed. What came before is in `folder`.
+        CheckpointError: there are checkpoints, and none can be read.
     """
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    generator = torch.Generator(config.device).manual_seed(config.seed)
-    model = copy.deepcopy(start.model)
-    reference = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    head, middle = head_weight(model), middle_weight(model)
-    arm = ARMS[config.gate](config, head, optimizer)
-    divergence = WeightDivergence({"lm_head": head, "middle": middle})
-    evaluate(model, start, config, log, result)
+    run = Run(config, start, folder, progress, warn, mirrors)
+    while not progress.finished:
+        if run.batch is not None:
+            if not run.use_again():
+                run.batch = None
+                tick(progress)
+        elif progress.rollouts < config.rollout_batches:
+            if progress.rollouts % config.eval_every == 0:
+                run.evaluate()
+            run.draw()
+        else:
+            run.evaluate()
+            progress.finished = True
+        run.save_if_due()
+    run.log.close()
 
-    for batch in range(config.rollout_batches):
-        began = time.perf_counter()
-        examples = start.task.sample(config.prompts_per_batch, f"{config.seed} train {batch}")
-        drawn = rollout(model, start.tokenizer, start.task, examples, config, generator)
-        result.rollouts += 1
-        result.sequences += len(drawn.reward_B)
-        advantage_B = group_advantages(drawn.reward_B, config.num_generations)
-        mask_BC = drawn.sequences.mask_BC
-        ref_logp_BC = reference_logprobs(reference, drawn, config)
-        lse_BC = drawn.lse_BC
-        result.seconds["rollout"] += time.perf_counter() - began
 
+class Run:
+    """One arm under way: what it holds, and its acts: draw, use again, evaluate, save."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        start: WarmStart,
+        folder: Path,
+        progress: Progress,
+        warn: Callable[[str], None],
+        mirrors: Sequence[Callable[[Row], None]],
+    ) -> None:
+        torch.set_num_threads(config.threads)
+        self.config, self.task, self.progress, self.warn = config, start.task, progress, warn
+        self.ranks, self.checkpoints = Ranks(), folder / "checkpoints"
+        torch.manual_seed(config.seed + self.ranks.rank)
+        self.policy = copy.deepcopy(start.policy)
+        self.reference = start.policy if config.beta > 0 else None
+        self.model = spread(self.policy, config, self.ranks)
+        self.engine = make_engine(self.policy, config)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.policy.parameters() if p.requires_grad],
+            lr=config.learning_rate, weight_decay=config.weight_decay, fused=True,
+        )  # fmt: skip
+        self.divergence = WeightDivergence(
+            {"lm_head": self.policy.head.weight, "middle": self.policy.middle}
+        )
+        state, complaints = checkpoint.load(self.checkpoints)
+        for complaint in complaints:
+            warn(complaint)
+        if state is not None:  # before the gate sees the optimizer: loading steps it
+            checkpoint.restore_weights(self.policy, state)
+            checkpoint.restore_optimizer(self.policy, self.optimizer, state)
+            self.divergence.update()
+        self.arm: Arm = ARMS[config.gate](config, self.policy, self.optimizer)
+        self.schedule = LambdaLR(self.optimizer, config.learning_rate_factor)
+        self.batch: Rollout | None = None
+        self.evaluator = Evaluator(self.task, self.policy, config, self.ranks)
+        if state is not None:
+            self._restore(state)
+        self.scheduler = GatedScheduler(self.schedule, self.arm.gate.applied_updates)
+        self.saved_at = progress.updates_attempted
+        size = 0 if state is None else state["log_bytes"]
+        self.log = MetricsLog(folder / "metrics.jsonl", size, self.ranks.first, mirrors)
+
+    def draw(self) -> None:
+        """Sample a rollout batch, and what the updates need to know of it."""
+        began, config, progress = time.perf_counter(), self.config, self.progress
+        key = f"{config.seed} train {progress.rollouts}"
+        prompts = self.ranks.share(self.task.sample(config.prompts_per_batch, key))
+        episodes = [example for example in prompts for _ in range(config.num_generations)]
+        first = self.ranks.rank * len(episodes) // config.generation_batch_size
+        with gathered(self.policy):
+            self.engine.refresh()
+            sampled = in_chunks(
+                episodes, config.generation_batch_size,
+                lambda part, n: play(self.engine, self.policy.tokenizer, self.task, part, config,
+                                     f"{key} {first + n}"),
+            )  # fmt: skip
+        device = config.device
+        widths = torch.tensor(
+            [[max(len(t.prompt) for t in sampled), max(len(t.ids) for t in sampled)]]
+        )
+        widths = self.ranks.gather(widths.to(device)).amax(0).tolist()
+        sequences = pack(sampled, self.policy.tokenizer.pad, device, widths)
+        ended_B = torch.tensor([t.ended for t in sampled], device=device)
+        if config.mask_truncated_completions:
+            sequences = sequences._replace(mask_BC=mask_truncated(sequences.mask_BC, ended_B))
+        reward_B = torch.tensor([t.reward for t in sampled], device=device)
+        all_B = self.ranks.gather(reward_B)
+        advantage_B = group_advantages(all_B, config.num_generations, config.scale_rewards)
+        # Not the log-probs of the sampling, whose cached attention rounds differently: from the
+        # same call as the updates', so that the first update's importance ratio is exactly 1.
+        logp_BC, lse_BC = self._logprobs(self.model, sequences)
+        ref_logp_BC = logp_BC[:, :0]
+        if self.reference is not None:
+            ref_logp_BC, _ = self._logprobs(self.reference, sequences)
+        self.batch = Rollout(
+            sequences.tokens_BT, sequences.attention_BT, sequences.mask_BC,
+            logp_BC, ref_logp_BC, lse_BC, reward_B, self.ranks.share(advantage_B), ended_B,
+            torch.tensor([float(t.turns) for t in sampled], device=device),
+        )  # fmt: skip
+        progress.rollouts += 1
+        progress.sequences += len(all_B)
+        progress.uses = 0
+        self.arm.gate.new_batch()
+        if progress.rollouts % config.eval_every == 1 or config.eval_every == 1:
+            self.log.write(episode_row(progress, sampled[0], self.policy))
+        progress.seconds["rollout"] += time.perf_counter() - began
+
+    def use_again(self) -> bool:
+        """One more update from the batch in hand, unless it is used up. Was it applied?"""
+        config, progress, batch = self.config, self.progress, self.batch
+        if batch is None or progress.uses == config.num_iterations:
+            return False
+        if not self.arm.allows(progress.rollouts, progress.uses + 1):
+            return False
         began = time.perf_counter()
-        arm.gate.new_batch()
-        for use in range(1, config.num_iterations + 1):
-            if not arm.allows(use):
-                break
-            optimizer.zero_grad(set_to_none=True)
-            out, hidden_BCD = completion_logprobs(
-                model, drawn.sequences, config, lse_ref_BC=lse_BC, gate=arm.gate
+        progress.uses += 1
+        progress.updates_attempted += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        share_BC = token_shares(batch.mask_BC, config, self.ranks.total)
+        watch = Watch(config, self.ranks, self.ranks.total(batch.mask_BC.sum()))
+        for rows in self._micro_batches(len(batch.reward_B)):
+            mask_BC, advantage_B = batch.mask_BC[rows], batch.advantage_B[rows]
+            evaluated = self.model(
+                *batch.sequences.rows(rows), config, batch.lse_BC[rows], self.arm.gate
             )
             loss = policy_loss(
-                out.logp, drawn.old_logp_BC, advantage_B, mask_BC, config, ref_logp_BC
-            )
-            result.updates_attempted += 1
-            if arm.vetoes(loss.kl):
-                log.write(update_row(result, drawn, out, loss, use=use, applied=False))
-                break
-            loss.loss.backward()
-            monitors = chi2_monitors(head.grad, out, hidden_BCD, loss, advantage_B, mask_BC, config)
-            arm.decide()
-            optimizer.step()  # does nothing when the gate is shut
-            # The trainer logs every update, so it reads the flag at once; a loop that does not
-            # want to wait for the device asks with wait=False (see GradientGate).
-            shut = arm.gate.is_shut(wait=True)
-            result.updates_applied += not shut
-            monitors |= arm.gate.metrics() | divergence.update()
-            log.write(update_row(result, drawn, out, loss, monitors, use, applied=not shut))
-            if shut:
-                break
-            lse_BC = out.lse
-        result.seconds["update"] += time.perf_counter() - began
+                evaluated.out.logp, batch.old_logp_BC[rows], advantage_B, mask_BC, config,
+                batch.ref_logp_BC[rows] if config.beta > 0 else None, share_BC[rows],
+            )  # fmt: skip
+            (loss.loss * self.ranks.world).backward()  # DDP and FSDP2 average over the ranks
+            watch.add(evaluated, loss, mask_BC, advantage_B)
+            batch.lse_BC[rows] = evaluated.out.lse
+        seen = watch.means()
+        vetoed = self.arm.vetoes(seen["kl"])
+        if not vetoed:
+            self.arm.decide()
+            self.optimizer.step()  # does nothing when the gate is shut
+            seen |= self.arm.gate.metrics() | watch.chi2(self.arm.head_energy())
+            seen |= self.divergence.update()
+        # The trainer logs every update, so it reads the flag at once; a loop that does not
+        # want to wait for the device asks with wait=False (see GradientGate).
+        applied = not vetoed and not self.arm.gate.is_shut(wait=True)
+        progress.updates_applied += applied
+        seen["learning_rate"] = torch.tensor(self.schedule.get_last_lr()[0], dtype=torch.float64)
+        self.scheduler.step()  # counts applied updates
+        self.log.write(update_row(progress, batch, self.ranks, seen, applied))
+        progress.seconds["update"] += time.perf_counter() - began
+        return applied
 
-        if (batch + 1) % config.eval_every == 0 or batch + 1 == config.rollout_batches:
-            evaluate(model, start, config, log, result)
-        tick(result)
-    result.finished = True
+    def evaluate(self) -> None:
+        """Log the accuracy on the held-out examples (`Evaluator`)."""
+        began, progress = time.perf_counter(), self.progress
+        accuracy = self.evaluator.accuracy(self.model, self.engine)
+        progress.accuracy.append((progress.rollouts, accuracy))
+        self.log.write({
+            "type": "eval",
+            "rollouts": progress.rollouts,
+            "sequences": progress.sequences,
+            "updates_attempted": progress.updates_attempted,
+            "updates_applied": progress.updates_applied,
+            "accuracy": accuracy,
+        })  # fmt: skip
+        progress.seconds["evaluate"] += time.perf_counter() - began
 
+    def save_if_due(self) -> None:
+        """A checkpoint every `save_every` updates and at the end. A full disk ends no run."""
+        progress = self.progress
+        due = progress.updates_attempted - self.saved_at >= self.config.save_every
+        if not (due or progress.finished):
+            return
+        began = time.perf_counter()
+        self.saved_at = progress.updates_attempted
+        state = checkpoint.training_state(self.policy, self.optimizer)
+        generators = checkpoint.random_states(self.ranks)
+        batch = {} if self.batch is None else self.batch.tensors()
+        batch = {f"batch.{name}": self.ranks.gather(value) for name, value in batch.items()}
+        if self.ranks.first:
+            gate = self.arm.gate.state_dict()
+            plain = {
+                "seed": self.config.seed, "arm": self.config.gate, "progress": asdict(progress),
+                "gate.config": gate["config"], "schedule": self.schedule.state_dict(),
+                "log_bytes": self.log.size,
+            }  # fmt: skip
+            state |= generators | batch | plain | {"gate.state": gate["state"]}
+            try:
+                checkpoint.save(self.checkpoints, progress.updates_attempted, state)
+            except OSError as error:
+                self.warn(f"no checkpoint was written at update {self.saved_at}: {error}")
+        progress.seconds["save"] += time.perf_counter() - began
 
-def evaluate(
-    model: Any, start: WarmStart, config: TrainConfig, log: MetricsLog, result: ArmResult
-) -> None:
-    """Log the exact expected accuracy on the held-out prompts."""
-    began = time.perf_counter()
-    accuracy = expected_accuracy(model, start.held_out, config)
-    result.accuracy.append((result.rollouts, accuracy))
-    log.write({
-        "type": "eval",
-        "rollouts": result.rollouts,
-        "sequences": result.sequences,
-        "updates_attempted": result.updates_attempted,
-        "updates_applied": result.updates_applied,
-        "accuracy": accuracy,
-    })  # fmt: skip
-    result.seconds["evaluate"] += time.perf_counter() - began
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Everything but weights and optimizer, which came first."""
+        for name in ("seed", "arm"):
+            mine = {"seed": self.config.seed, "arm": self.config.gate}[name]
+            if state[name] != mine:
+                raise CheckpointError(
+                    f"{name}: expected {mine!r}, the checkpoint has {state[name]!r}"
+                )
+        for name, value in state["progress"].items():
+            setattr(self.progress, name, value)
+        self.arm.gate.load_state_dict(
+            {"config": state["gate.config"], "state": state["gate.state"]}
+        )
+        self.schedule.load_state_dict(state["schedule"])
+        for group, rate in zip(
+            self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
+        ):
+            group["lr"] = rate
+        batch = {name.removeprefix("batch."): self.ranks.share(value).to(self.config.device)
+                 for name, value in state.items() if name.startswith("batch.")}  # fmt: skip
+        self.batch = Rollout(**batch) if batch else None
+        checkpoint.restore_random_states(state, self.ranks)
 
+    @torch.no_grad()
+    def _logprobs(self, model: Any, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Log-probs and log-sum-exps [B, C]."""
+        parts = [
+            model(*sequences.rows(rows), self.config).out
+            for rows in self._micro_batches(len(sequences.mask_BC))
+        ]
+        return torch.cat([out.logp for out in parts]), torch.cat([out.lse for out in parts])
 
-@torch.no_grad()
-def reference_logprobs(reference: Any, drawn: Rollout, config: TrainConfig) -> Tensor | None:
-    """Log-probs [B, C] under the warm start; None without a KL term."""
-    if reference is None:
-        return None
-    return completion_logprobs(reference, drawn.sequences, config)[0].logp
-
-
-def chi2_monitors(
-    head_grad: Tensor | None,
-    out: Any,
-    hidden_BCD: Tensor,
-    loss: Loss,
-    advantage_B: Tensor,
-    mask_BC: Tensor,
-    config: TrainConfig,
-) -> dict[str, Tensor]:
-    """The batch's Pearson χ² and its lower bound from the head gradient's norm, 0-dim each.
-
-    The bound speaks of mean_i(w_i A_i ∇logp_i) over the N counted tokens. The loss's gradient is
-    Σ share_i w_i A_i ∇logp_i; so N · share_i · A_i takes the place of A_i, which is A_i itself
-    with `dapo`. A KL term adds a gradient of its own: then there is no bound.
-    """
-    weight_N = loss.weight_BC[mask_BC]
-    monitors = {"gate/chi2": chi2(weight_N)}
-    if head_grad is not None and config.beta == 0:
-        scaled_BC = mask_BC.sum() * loss.share_BC * advantage_B[:, None]
-        score_sq_N = score_squared(
-            scaled_BC[mask_BC], out.logp[mask_BC].detach(), out.sum_p2[mask_BC],
-            hidden_BCD[mask_BC].detach(), config.temperature,
-        )  # fmt: skip
-        energy = torch.linalg.vector_norm(head_grad, dtype=torch.float32)
-        monitors["gate/chi2_lower_bound"] = chi2_lower_bound(energy, weight_N, score_sq_N)
-    return monitors
+    def _micro_batches(self, n: int) -> list[slice]:
+        size = self.config.micro_batch_size or n
+        return [slice(first, first + size) for first in range(0, n, size)]
 
 
 def update_row(
-    result: ArmResult,
-    drawn: Rollout,
-    out: Any,
-    loss: Loss,
-    monitors: dict[str, Tensor] | None = None,
-    use: int = 1,
-    applied: bool = True,
+    progress: Progress, batch: Rollout, ranks: Ranks, seen: dict[str, Tensor], applied: bool
 ) -> Row:
-    """One attempted update. Without `monitors` (a use dropped before its backward) they are null.
+    """One attempted update. What a use that was vetoed before its decision lacks is null.
 
     `rollouts` counts rollout batches and `sequences` completions, this batch included;
-    `updates_applied` includes this update if it was applied. `reward` is the batch's mean. `kl` is
-    KL(old || new) and `kl_ref` that to the warm start, nats per token, as `entropy`; `clip_ratio`
-    the share of tokens whose gradient the clip cuts off. `gate/reuse` counts uses from 1;
-    `gate/energy` is the norm that the gate scored, `grad_norm` the global one before clipping.
-    `dwd/*` is ‖W_t - W_{t-1}‖ / ‖W_{t-1}‖ (0 when discarded), `dwd_total/*` that against W_0.
+    `updates_applied` includes this update if it was applied. `reward` is the batch's mean, `turns`
+    and `completion_length` (tokens of the policy) are per episode, `truncated` the share that a
+    limit on tokens cut. `kl` is KL(old || new) and `kl_ref` that to the warm start, nats per token,
+    as `entropy`; `clip_ratio` the share of tokens whose gradient the clip cuts off. `gate/reuse`
+    counts uses from 1; `gate/energy` is the norm that the gate scored, `grad_norm` the global one
+    before clipping. `dwd/*` is ‖W_t - W_{t-1}‖ / ‖W_{t-1}‖ (0 when discarded), `dwd_total/*` that
+    against W_0. `learning_rate` is this update's.
     """
     names = (
+        "loss", "kl", "kl_ref", "entropy", "clip_ratio", "learning_rate",
         "grad_norm", "gate/energy", "gate/z", "gate/chi2", "gate/chi2_lower_bound",
         "dwd/lm_head", "dwd/middle", "dwd_total/lm_head", "dwd_total/middle",
     )  # fmt: skip
-    monitors = monitors or {}
-    mask_BC = drawn.sequences.mask_BC
+    length_B = batch.mask_BC.sum(dim=1).float()
+    of_episodes = torch.stack(
+        [batch.reward_B, batch.turns_B, length_B, 1.0 - batch.ended_B.float()]
+    )
+    reward, turns, length, truncated = ranks.gather(of_episodes.T).mean(dim=0).tolist()
+    values = {name: float(whole(seen[name])) for name in names if name in seen}
     return {
         "type": "update",
-        "step": result.updates_attempted,
-        "rollouts": result.rollouts,
-        "sequences": result.sequences,
-        "updates_attempted": result.updates_attempted,
-        "updates_applied": result.updates_applied,
-        "reward": float(drawn.reward_B.mean()),
-        "loss": float(loss.loss.detach()),
-        "kl": float(loss.kl),
-        "kl_ref": None if loss.kl_ref is None else float(loss.kl_ref),
-        "entropy": float((out.entropy.detach() * mask_BC).sum() / mask_BC.sum()),
-        "clip_ratio": float(loss.clip_ratio),
-        "completion_length": float(mask_BC.sum() / len(mask_BC)),
+        "step": progress.updates_attempted,
+        "rollouts": progress.rollouts,
+        "sequences": progress.sequences,
+        "updates_attempted": progress.updates_attempted,
+        "updates_applied": progress.updates_applied,
+        "reward": reward,
+        "turns": turns,
+        "completion_length": length,
+        "truncated": truncated,
         "gate/shut": not applied,
-        "gate/reuse": use,
-        **{name: float(monitors[name]) if name in monitors else None for name in names},
+        "gate/reuse": progress.uses,
+        **{name: values.get(name) for name in names},
     }
+
+
+def episode_row(progress: Progress, transcript: Transcript, policy: Policy) -> Row:
+    """One sampled episode: `text` is the prompt and what policy and environment wrote in turn."""
+    return {
+        "type": "episode", "rollouts": progress.rollouts,
+        "updates_attempted": progress.updates_attempted, "reward": transcript.reward,
+        "text": shown(transcript, policy.tokenizer),
+    }  # fmt: skip

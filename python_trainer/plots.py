@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+from statistics import fmean, stdev
 from typing import Any
 
 from .files import Row
+
+Logs = dict[str, dict[int, list[Row]]]  # arm -> seed -> rows; nothing in it is empty
+Curve = dict[int, float]  # rollout batches -> value
 
 # Okabe and Ito's palette, told apart by colour-blind readers; dashes for those who print in grey.
 STYLES = {
@@ -18,6 +22,8 @@ STYLES = {
     "kl": ("KL stop", "#009E73", "-."),
     "global_norm": ("Global-norm gate", "#56B4E9", "-."),
 }
+# Where z goes far, its axis is linear up to 4 and logarithmic beyond.
+Z_TICKS = (-1000, -100, -10, -4, -2, 0, 2, 4, 10, 100, 1000)
 INK, GRID = "#333333", "#DDDDDD"
 
 
@@ -52,65 +58,108 @@ def _legend(figure: Any, ax: Any) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
 
 
-def smooth(values: list[float], width: int = 9) -> list[float]:
+def _say_seeds(figure: Any, logs: Logs) -> None:
+    """Above the panels: what a line and its band are, where there are several seeds."""
+    counts = sorted({len(seeds) for seeds in logs.values()})
+    if counts[-1] > 1:
+        number = " to ".join(str(n) for n in {counts[0]: 0, counts[-1]: 0})
+        text = f"lines: mean of {number} seeds; bands: ± one standard error of that mean"
+        figure.suptitle(text, fontsize=10, color=INK)
+
+
+def smooth(curve: Curve, width: int = 9) -> Curve:
     """Centred moving mean over up to `width` finite values."""
-    means = []
+    values, means = list(curve.values()), []
     for i in range(len(values)):
         near = [v for v in values[max(0, i - width // 2) : i + width // 2 + 1] if math.isfinite(v)]
-        means.append(sum(near) / len(near) if near else math.nan)
-    return means
+        means.append(fmean(near) if near else math.nan)
+    return dict(zip(curve, means, strict=True))
+
+
+def mean_and_error(curves: list[Curve]) -> tuple[Curve, Curve]:
+    """Mean of the seeds where all of them have a value, and its standard error (0 for one seed)."""
+    shared = [x for x in curves[0] if all(x in curve for curve in curves)]
+    means = {x: fmean(curve[x] for curve in curves) for x in shared}
+    n = len(curves)
+    if n == 1:
+        return means, dict.fromkeys(shared, 0.0)
+    return means, {x: stdev(curve[x] for curve in curves) / n**0.5 for x in shared}
+
+
+def draw_curves(ax: Any, arm: str, curves: list[Curve]) -> None:
+    """One line of an arm: the mean of its seeds, with a band of ± one standard error."""
+    label, colour, dash = style(arm)
+    means, errors = mean_and_error(curves)
+    ax.plot(list(means), list(means.values()), dash, color=colour, label=label, linewidth=1.8)
+    if len(curves) > 1:
+        low = [means[x] - errors[x] for x in means]
+        high = [means[x] + errors[x] for x in means]
+        ax.fill_between(list(means), low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def updates(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["type"] == "update"]
 
 
+def applied(rows: list[Row]) -> list[Row]:
+    return [row for row in updates(rows) if not row["gate/shut"]]
+
+
 def per_batch(rows: list[Row], key: str) -> dict[int, list[float]]:
-    """Values of `key` by rollout batch, over the attempted updates."""
+    """Values of `key` by rollout batch."""
     batches: dict[int, list[float]] = {}
-    for row in updates(rows):
+    for row in rows:
         batches.setdefault(row["rollouts"], []).append(float(row[key]))
     return batches
 
 
-def draw_learning(rows: dict[str, list[Row]]) -> bytes:
+def batch_curve(rows: list[Row], key: str, of: Any) -> Curve:
+    """`of` (a function of a list) of the values of `key`, by rollout batch."""
+    return {batch: of(values) for batch, values in per_batch(rows, key).items()}
+
+
+def draw_learning(logs: Logs) -> bytes:
     figure, axes = _axes(1, 2, 4.6)
     left, right = axes[0]
-    for arm, log in rows.items():
-        label, colour, dash = style(arm)
-        evals = [row for row in log if row["type"] == "eval"]
-        left.plot(
-            [row["rollouts"] for row in evals], [100 * row["accuracy"] for row in evals],
-            dash, color=colour, label=label, linewidth=1.8,
-        )  # fmt: skip
-        rewards = {batch: values[0] for batch, values in per_batch(log, "reward").items()}
-        right.plot(list(rewards), smooth(list(rewards.values())), dash, color=colour, linewidth=1.8)
-    left.set(xlabel="rollout batches", ylabel="expected accuracy on held-out prompts (%)")
+    for arm, seeds in logs.items():
+        evals = [[row for row in rows if row["type"] == "eval"] for rows in seeds.values()]
+        draw_curves(left, arm, [{r["rollouts"]: 100 * r["accuracy"] for r in e} for e in evals])
+        first = [batch_curve(updates(rows), "reward", lambda v: v[0]) for rows in seeds.values()]
+        draw_curves(right, arm, [smooth(curve) for curve in first])
+    left.set(xlabel="rollout batches", ylabel="accuracy on held-out prompts (%)")
     right.set(xlabel="rollout batches", ylabel="mean reward (moving mean of 9 batches)")
+    _say_seeds(figure, logs)
     _legend(figure, left)
     return _png(figure)
 
 
-def draw_gates(rows: dict[str, list[Row]], summary: dict[str, Any]) -> bytes:
-    gated = [arm for arm in rows if summary["arms"][arm]["gate"] in ("dgg", "global_norm")]
-    gated = [arm for arm in gated if updates(rows[arm])]
-    if not gated:
+def draw_gates(logs: Logs, thresholds: dict[str, float]) -> bytes:
+    """Every decision of the gated arms (those in `thresholds`), of the first seed of each."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    firsts = {(arm, min(logs[arm])): updates(logs[arm][min(logs[arm])]) for arm in thresholds}
+    firsts = {which: rows for which, rows in firsts.items() if rows}
+    if not firsts:
         return b""
-    figure, axes = _axes(2 * len(gated), 1, 5.2 * len(gated))
-    for i, arm in enumerate(gated):
+    figure, axes = _axes(2 * len(firsts), 1, 5.2 * len(firsts))
+    for i, ((arm, seed), rows) in enumerate(firsts.items()):
         label, colour, _ = style(arm)
-        log = updates(rows[arm])
-        shut = [row for row in log if row["gate/shut"]]
+        shut, kept = [row for row in rows if row["gate/shut"]], applied(rows)
         upper, lower = axes[2 * i, 0], axes[2 * i + 1, 0]
         lower.sharex(upper)
+        upper.set_title(f"{label}, seed {seed}")
+        if any(abs(row["gate/z"]) > 10 for row in rows):
+            lower.set_yscale("symlog", linthresh=4)
+            lower.yaxis.set_major_locator(FixedLocator(Z_TICKS))
+            lower.yaxis.set_major_formatter("{x:g}")
+            lower.yaxis.set_minor_locator(NullLocator())
         # In the upper panel a line through all attempts, in the lower one points of the applied.
         upper.plot(
-            [row["step"] for row in log], [row["gate/energy"] for row in log],
+            [row["step"] for row in rows], [row["gate/energy"] for row in rows],
             color=colour, linewidth=0.9,
         )  # fmt: skip
-        applied = [row for row in log if not row["gate/shut"]]
         lower.plot(
-            [row["step"] for row in applied], [row["gate/z"] for row in applied], ".",
+            [row["step"] for row in kept], [row["gate/z"] for row in kept], ".",
             color=colour, markersize=4, label="update applied",
         )  # fmt: skip
         for ax, key, name in (
@@ -121,28 +170,24 @@ def draw_gates(rows: dict[str, list[Row]], summary: dict[str, Any]) -> bytes:
                 [row["step"] for row in shut], [row[key] for row in shut], "x",
                 color="#D55E00", markersize=5, label="gate shut: update discarded",
             )  # fmt: skip
-            ax.set(xlabel="update attempts", ylabel=f"{label}: {name}")
-        threshold = summary["config"][arm]["gate_threshold"]
+            ax.set_ylabel(name)
+        lower.set_xlabel("update attempts")
+        threshold = thresholds[arm]
         lower.axhline(threshold, color=INK, linestyle=":", label=f"threshold {threshold:g}")
-        if any(abs(row["gate/z"]) > 10 for row in log):
-            lower.set_yscale("symlog", linthresh=4)
     _legend(figure, axes[1, 0])
     return _png(figure)
 
 
-def draw_divergence(rows: dict[str, list[Row]]) -> bytes:
+def draw_divergence(logs: Logs) -> bytes:
     figure, axes = _axes(2, 2, 7.2)
     for column, (layer, title) in enumerate((("lm_head", "lm_head"), ("middle", "middle layer"))):
         per_update, total = axes[0, column], axes[1, column]
-        for arm, log in rows.items():
-            label, colour, dash = style(arm)
-            applied = [row for row in log if row["type"] == "update" and not row["gate/shut"]]
-            means = {b: sum(v) / len(v) for b, v in per_batch(applied, f"dwd/{layer}").items()}
-            per_update.plot(
-                list(means), smooth(list(means.values())), dash, color=colour, label=label
-            )
-            ends = {b: v[-1] for b, v in per_batch(applied, f"dwd_total/{layer}").items()}
-            total.plot(list(ends), list(ends.values()), dash, color=colour)
+        for arm, seeds in logs.items():
+            kept = [applied(rows) for rows in seeds.values()]
+            means = [batch_curve(rows, f"dwd/{layer}", fmean) for rows in kept]
+            draw_curves(per_update, arm, [smooth(curve) for curve in means])
+            ends = [batch_curve(rows, f"dwd_total/{layer}", lambda v: v[-1]) for rows in kept]
+            draw_curves(total, arm, ends)
         per_update.set(title=title, xlabel="rollout batches")
         total.set(xlabel="rollout batches")
     axes[0, 0].set_ylabel("change per update, ‖ΔW‖ / ‖W‖\n(moving mean of 9 batches)")
@@ -151,28 +196,34 @@ def draw_divergence(rows: dict[str, list[Row]]) -> bytes:
         top = max(ax.get_ylim()[1] for ax in pair)
         for ax in pair:
             ax.set_ylim(0, top)
+    _say_seeds(figure, logs)
     _legend(figure, axes[0, 0])
     return _png(figure)
 
 
-def draw_uses(rows: dict[str, list[Row]]) -> bytes:
+def draw_uses(logs: Logs) -> bytes:
     figure, axes = _axes(1, 2, 4.2)
     left, right = axes[0]
     uses = {
-        arm: [sum(1 - shut for shut in batch) for batch in per_batch(log, "gate/shut").values()]
-        for arm, log in rows.items()
+        arm: [
+            batch_curve(updates(rows), "gate/shut", lambda v: len(v) - sum(v))
+            for rows in seeds.values()
+        ]
+        for arm, seeds in logs.items()
     }
-    most = int(max((n for counts in uses.values() for n in counts), default=1))
-    width = 0.8 / max(len(uses), 1)
-    for i, (arm, counts) in enumerate(uses.items()):
-        label, colour, dash = style(arm)
-        right.plot(range(1, len(counts) + 1), smooth(counts, 21), dash, color=colour, label=label)
+    pooled = {arm: [n for curve in curves for n in curve.values()] for arm, curves in uses.items()}
+    most = int(max((n for counts in pooled.values() for n in counts), default=1))
+    width = 0.8 / len(uses)
+    for i, (arm, curves) in enumerate(uses.items()):
+        draw_curves(right, arm, [smooth(curve, 21) for curve in curves])
+        counts = pooled[arm]
         shares = [100 * counts.count(n) / max(len(counts), 1) for n in range(most + 1)]
         shifted = [n + (i - (len(uses) - 1) / 2) * width for n in range(most + 1)]
-        left.bar(shifted, shares, width, color=colour)
+        left.bar(shifted, shares, width, color=style(arm)[1])
     left.set(xlabel="updates applied from one rollout batch", ylabel="share of batches (%)")
-    left.set_xticks(range(most + 1))
+    left.set_xticks(range(0, most + 1, 1 + most // 16))
     right.set(xlabel="rollout batches", ylabel="updates applied per batch\n(moving mean of 21)")
     right.set_ylim(bottom=0)
+    _say_seeds(figure, logs)
     _legend(figure, right)
     return _png(figure)

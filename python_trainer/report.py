@@ -1,127 +1,68 @@
-"""What came out: a table, plots, and one self-contained report.html, all from the run's files."""
+"""What came out, to look at: a table, plots, and one self-contained report.html."""
 
 from __future__ import annotations
 
 import base64
 import html
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .compare import read_run
 from .config import ConfigError
-from .files import read_metrics, write_atomically
-from .plots import STYLES, draw_divergence, draw_gates, draw_learning, draw_uses, style
+from .files import Row, read_metrics, write_atomically
+from .plots import Logs, draw_divergence, draw_gates, draw_learning, draw_uses, style
+from .results import (
+    COLUMNS,
+    Summary,
+    counted,
+    finished,
+    in_order,
+    line,
+    listed,
+    meanings,
+    paired,
+    points,
+    seeds_of,
+    table,
+    verdict,
+    what_accuracy_is,
+)
+from .stopping import GATED
 
-Summary = dict[str, Any]
+Plots = dict[str, tuple[str, bytes]]  # name -> (title, PNG)
 
 
 def write(out: Path) -> None:
     """Draw the PNGs and `report.html` of the run in `out`, finished or not.
 
     Raises:
-        ConfigError: `out` holds no summary.json.
+        ConfigError: `out` holds no summary.json, or what is in it cannot be read.
     """
-    path = out / "summary.json"
-    if not path.is_file():
-        raise ConfigError(f"out: expected a run directory with summary.json, got {str(out)!r}")
-    summary = json.loads(path.read_text())
-    rows = {arm: read_metrics(out / arm / "metrics.jsonl") for arm in in_order(summary)}
-    plots = {
-        "learning": ("Accuracy and reward against rollout batches", draw_learning(rows)),
-        "gate": ("What the gates saw", draw_gates(rows, summary)),
-        "divergence": ("Weight divergence per layer", draw_divergence(rows)),
-        "uses": ("Updates applied per rollout batch", draw_uses(rows)),
+    summary = read_summary(out)
+    logs: Logs = {
+        arm: {run["seed"]: rows for run in counted(summary, arm) if (rows := read_rows(out, run))}
+        for arm in in_order(summary)
     }
-    plots = {name: (title, png) for name, (title, png) in plots.items() if png}
+    logs = {arm: seeds for arm, seeds in logs.items() if seeds}
+    plots = draw(logs, summary) if logs else {}
     for name, (_, png) in plots.items():
         write_atomically(out / f"{name}.png", png)
-    write_atomically(out / "report.html", render_html(summary, plots))
+    write_atomically(out / "report.html", page(summary, plots, logs, missing(out, summary)))
 
 
-def in_order(summary: Summary) -> list[str]:
-    """Arms in the order of STYLES, whatever order they ran in."""
-    names = list(STYLES)
-    return sorted(summary["arms"], key=lambda arm: names.index(arm) if arm in names else 99)
-
-
-# -- table and sentence ---------------------------------------------------------------------------
-
-# Heading and meaning: headings are short so that the table fits a terminal of 80 columns.
-COLUMNS = {
-    "arm": "",
-    "batches": "rollout batches drawn",
-    "tried": "updates attempted",
-    "applied": "updates applied",
-    "uses": "updates applied per rollout batch",
-    "final": "accuracy at the end",
-    "late": "mean accuracy over the last quarter of the evaluations",
-    "best": "best accuracy",
-    "to goal": "rollout batches until as accurate as single use at its end",
-    "wall s": "seconds, wall clock",
-}
-
-
-def table(summary: Summary) -> list[list[str]]:
-    """One row of text per arm, under COLUMNS."""
-    lines = []
-    for arm in in_order(summary):
-        a = summary["arms"][arm]
-        reached = a["rollouts_to_single_use_final"]
-        lines.append([
-            style(arm)[0] + ("" if a["finished"] else " (cut)"),
-            str(a["rollouts"]), str(a["updates_attempted"]), str(a["updates_applied"]),
-            f"{a['mean_uses']:.2f}", _percent(a["final_accuracy"]), _percent(a["late_accuracy"]),
-            _percent(a["best_accuracy"]),
-            _fewer(reached, a["rollouts"]),
-            f"{a['wall_s']:.1f}",
-        ])  # fmt: skip
-    return lines
-
-
-def _fewer(reached: int | None, total: int) -> str:
-    """Batches to the goal, and how many times fewer than `total` that is."""
-    if reached is None:
-        return "never"
-    return f"{reached} ({total / reached:.1f}x)" if 0 < reached < total else str(reached)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"
-
-
-def verdict(summary: Summary) -> str:
-    """What the numbers say, whoever wins."""
-    arms = {name: a for name, a in summary["arms"].items() if a["finished"]}
-    if len(arms) < 2:
-        return "There is no second finished arm to compare with."
-    warmup = summary["warmup"]
-    ranked = sorted(arms, key=lambda name: -arms[name]["final_accuracy"])
-    text = "Final accuracy, best first: " + ", ".join(
-        f"{style(name)[0]} {_percent(arms[name]['final_accuracy'])}" for name in ranked
-    )
-    late = max(arms, key=lambda name: arms[name]["late_accuracy"])
-    text += f". Best over the last quarter: {style(late)[0]}."
-    if "dgg" in arms and "single_use" in arms:
-        total = arms["single_use"]["rollouts"]
-        text += (
-            " Rollout batches to single use's final accuracy (and how many times fewer): "
-            + ", ".join(
-                f"{style(name)[0]} {_fewer(arms[name]['rollouts_to_single_use_final'], total)}"
-                for name in in_order(summary)
-                if name in arms
-            )
-        )
-        text += "."
-    if "dgg" in arms and "random" in arms:
-        gap = 100 * (arms["dgg"]["final_accuracy"] - arms["random"]["final_accuracy"])
-        text += (
-            f" Stopping at random, with {arms['random']['mean_uses']:.2f} uses per batch against "
-            f"DGG's {arms['dgg']['mean_uses']:.2f}, ended {abs(gap):.1f} points "
-            f"{'below' if gap > 0 else 'above'} DGG."
-        )
-    if not warmup["reached"]:
-        text += f" The warm-up ended early, at {_percent(warmup['accuracy'])}."
-    return text + " This is one seed: run several before trusting a small difference."
+def draw(logs: Logs, summary: Summary) -> Plots:
+    """The plots that there is something to draw in."""
+    config = summary["config"]
+    thresholds = {a: config[a]["gate_threshold"] for a in logs if config[a]["gate"] in GATED}
+    plots = {
+        "learning": ("Accuracy and reward against rollout batches", draw_learning(logs)),
+        "gate": ("What the gates saw", draw_gates(logs, thresholds)),
+        "divergence": ("Weight divergence per layer", draw_divergence(logs)),
+        "uses": ("Updates applied per rollout batch", draw_uses(logs)),
+    }
+    return {name: (title, png) for name, (title, png) in plots.items() if png}
 
 
 def print_table(summary: Summary, console: Any) -> None:
@@ -130,13 +71,57 @@ def print_table(summary: Summary, console: Any) -> None:
 
     grid = Table(box=None, collapse_padding=True, pad_edge=False)
     for i, column in enumerate(COLUMNS):
-        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    for line in table(summary):
-        grid.add_row(*line)
+        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    for cells in table(summary):
+        grid.add_row(*cells)
     console.print(grid)
-    meanings = "; ".join(f"{name}: {text}" for name, text in COLUMNS.items() if text)
-    console.print(f"({meanings}; seed {summary['seed']})", style="dim", highlight=False)
-    console.print(verdict(summary), highlight=False)
+    accuracy = "accuracy: expected, or the mean reward of sampled episodes, as the task allows"
+    console.print(f"({meanings(summary)}; {accuracy})", style="dim", highlight=False)
+    for sentence in verdict(summary):
+        console.print(sentence, highlight=False)
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def read_summary(out: Path) -> Summary:
+    try:
+        summary = json.loads((out / "summary.json").read_text())
+        _ = summary["runs"], summary["config"], summary["warmups"]
+        return summary
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"out: expected a run directory with summary.json, got {str(out)!r}"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"out: expected a summary.json of this version in {str(out)!r}, got {error!r}"
+        ) from error
+
+
+def read_rows(out: Path, run: Row) -> list[Row]:
+    """The rows of one run; none if it never began to write, or its file was taken away."""
+    path = out / run["arm"] / f"seed-{run['seed']}" / "metrics.jsonl"
+    try:
+        return read_metrics(path)
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise ConfigError(f"out: expected a row of JSON a line in {path}, got {error}") from error
+
+
+def missing(out: Path, summary: Summary) -> list[str]:
+    """Runs that were asked for and did not finish: all that a killed one leaves to know it by."""
+    try:
+        asked = read_run(out)
+    except ConfigError:
+        return []
+    return [
+        f"{style(arm)[0]} (seed {seed})"
+        for seed in asked["seeds"]
+        for arm in asked["arms"]
+        if seed not in finished(summary, arm)
+    ]
 
 
 # -- html -----------------------------------------------------------------------------------------
@@ -148,47 +133,148 @@ PAGE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto;
        padding: 0 1rem }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
+th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd;
+         white-space: nowrap }}
 th:first-child, td:first-child {{ text-align: left }}
 img {{ max-width: 100% }} pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto }}
-.wide {{ overflow-x: auto }}
+.wide {{ overflow-x: auto }} details {{ font-size: .85rem }}
+summary {{ cursor: pointer; margin: 1rem 0 .5rem }}
+.episode {{ margin: 0 0 1.5rem }} .episode h3 {{ font-size: 1rem; margin: 0 0 .3rem }}
+.episode div {{ font: 14px/1.4 ui-monospace, monospace; white-space: pre-wrap;
+               overflow-wrap: anywhere; padding: .25rem .7rem; border-left: 4px solid #ccc }}
+.episode .policy {{ border-color: #0072B2; background: #eaf3fa }}
+.episode div::before {{ content: attr(title); display: block; color: #666;
+                       font: 12px/1.4 system-ui, sans-serif }}
 </style></head><body>
-<h1>{title}</h1>{notice}<p>{verdict}</p><div class="wide"><table>{table}</table></div>
-<p><small>{legend}.</small></p>
-<p>Accuracy is the exact expected accuracy: the policy's mean probability of the whole right answer
-on held-out prompts. Every arm has the same warm start, the same prompts and the same number of
+<h1>{title}</h1>{notice}<ul>{verdict}</ul>{table}
+<p><small>{meanings}.</small></p>
+<p>{accuracy} Every arm of a seed has the same warm start, the same prompts and the same number of
 rollout batches.</p>
-{plots}
+{more}{plots}{episodes}
 <h2>Settings</h2><pre>{settings}</pre></body></html>
 """
 
 
-def render_html(summary: Summary, plots: dict[str, tuple[str, bytes]]) -> str:
+def page(summary: Summary, plots: Plots, logs: Logs, absent: Sequence[str]) -> str:
     """One file with the images inside."""
-    head = "".join(
-        f'<th title="{html.escape(t)}">{html.escape(c)}</th>' for c, t in COLUMNS.items()
-    )
-    legend = "; ".join(f"{name}: {text}" for name, text in COLUMNS.items() if text)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
-        for line in table(summary)
-    )
+    seeds = seeds_of(summary)
     images = "".join(
         f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
         f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         for title, png in plots.values()
     )
-    notice = ""
-    if summary["interrupted"] or summary["error"]:
-        reason = summary["error"] or "interrupted"
-        notice = f"<p><strong>This run did not finish: {html.escape(reason)}.</strong></p>"
-    settings = {key: value for key, value in summary.items() if key != "arms"}
+    of = f", seed{'s' if len(seeds) > 1 else ''} {listed(seeds)}" if seeds else ""
     return PAGE.format(
-        title=f"GRPO with gated re-use, seed {summary['seed']}",
-        notice=notice,
-        verdict=html.escape(verdict(summary)),
-        table=head + body,
-        legend=html.escape(legend),
+        title=f"GRPO with gated re-use{of}",
+        notice=notice(summary, absent),
+        verdict="".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdict(summary)),
+        table=grid(COLUMNS, table(summary)),
+        meanings=html.escape(meanings(summary)),
+        accuracy=html.escape(what_accuracy_is(summary)),
+        more=by_seed(summary) if len(seeds) > 1 else "",
         plots=images,
-        settings=html.escape(json.dumps(settings, indent=2)),
+        episodes=sampled_episodes(logs),
+        settings=html.escape(json.dumps(settings(summary), indent=2)),
     )
+
+
+def grid(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    head = "".join(
+        f'<th title="{html.escape(COLUMNS.get(head, ""))}">{html.escape(head)}</th>'
+        for head in heads
+    )
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+        for cells in lines
+    )
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def notice(summary: Summary, absent: Sequence[str]) -> str:
+    """What is not there, if anything."""
+    if not (summary["interrupted"] or summary["error"] or absent):
+        return ""
+    reason = summary["error"] or ("interrupted" if summary["interrupted"] else "it was cut off")
+    text = f"This run did not finish: {reason}."
+    if absent:
+        text += f" Not finished: {listed(absent)}."
+    return f"<p><strong>{html.escape(text)}</strong></p>"
+
+
+def by_seed(summary: Summary) -> str:
+    """DGG minus single use and random stop, seed by seed; and every run for itself."""
+    pairs = paired(summary)
+    seeds = sorted({seed for of in pairs.values() for values in of.values() for seed in values})
+    lines = [
+        [f"{style(other)[0]}, {when}"]
+        + [f"{values[seed]:+.1f}" if seed in values else "-" for seed in seeds]
+        + [points(values)]
+        for other, measures in pairs.items()
+        for when, values in measures.items()
+    ]
+    heads = ["DGG minus …", *(f"seed {seed}" for seed in seeds), "mean ± standard error"]
+    text = f"<h2>Differences by seed, in points</h2>{grid(heads, lines)}" if lines else ""
+    parts = list(dict.fromkeys(part for run in summary["runs"] for part in run["seconds"]))
+    order = in_order(summary)
+    runs = [
+        [style(run["arm"])[0] + ("" if run["finished"] else " (cut)"), str(run["seed"])]
+        + line("", [run])[1:]
+        + [f"{run['seconds'].get(part, 0.0):.1f}" for part in parts]
+        for run in sorted(summary["runs"], key=lambda run: order.index(run["arm"]))
+    ]
+    arm, *columns = COLUMNS
+    heads = [arm, "seed", *columns, *(f"{part} s" for part in parts)]
+    return f"{text}<details><summary>Every run</summary>{grid(heads, runs)}</details>"
+
+
+def settings(summary: Summary) -> dict[str, Any]:
+    """Everything but the runs; what all arms share is said once."""
+    config: dict[str, dict[str, Any]] = summary["config"]
+    first = next(iter(config.values()), {})
+    own = {key for key in first if any(arm[key] != first[key] for arm in config.values())}
+    return {
+        **{key: value for key, value in summary.items() if key not in ("runs", "config")},
+        "seeds": seeds_of(summary),
+        "all arms": {key: first[key] for key in first if key not in own | {"seed"}},
+        "by arm": {arm: {key: of[key] for key in of if key in own} for arm, of in config.items()},
+    }
+
+
+# -- episodes -------------------------------------------------------------------------------------
+
+SHOWN = 2000  # characters of one part of an episode
+
+
+def sampled_episodes(logs: Logs) -> str:
+    """The first, the middle and the last logged episode of DGG, or of the first arm that has any.
+
+    What is in them comes from a policy and from environments: no character of it is trusted.
+    """
+    for arm in sorted(logs, key=lambda arm: arm != "dgg"):
+        seed = min(logs[arm])
+        rows = [row for row in logs[arm][seed] if row["type"] == "episode"]
+        if not rows:
+            continue
+        some = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
+        return (
+            f"<h2>Sampled episodes of {html.escape(style(arm)[0])}, seed {seed}</h2>"
+            "<p>The prompt, then what the policy (blue) and its environment (grey) wrote in turn, "
+            f"during training.</p>{''.join(map(episode, some))}"
+        )
+    return ""
+
+
+def episode(row: Row) -> str:
+    parts = []
+    for i, text in enumerate(row["text"]):
+        who = "prompt" if i == 0 else ("policy" if i % 2 else "environment")
+        parts.append(f'<div class="{who}" title="{who}">{html.escape(readable(text))}</div>')
+    heading = f"Rollout batch {row['rollouts']}, reward {row['reward']:.2f}"
+    return f'<div class="episode"><h3>{heading}</h3>{"".join(parts)}</div>'
+
+
+def readable(text: str) -> str:
+    r"""Cut to SHOWN characters; those that steer a display, or are none, are spelled (`\x1b`)."""
+    left = len(text) - SHOWN
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text[:SHOWN])
+    return shown + (f" … ({left} more characters)" if left > 0 else "")

@@ -1,186 +1,238 @@
-"""Sampling, log-probabilities of completions, and the exact evaluation."""
+"""Episodes: the policy and the environment write in turn; what came out as tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dgg_kernels import GradientGate, linear_logprob
-
-from .config import TaskError, TrainConfig
-from .model import CharTokenizer, head_weight, hidden_states, positions
-from .tasks import Example, Task, score
-
-IGNORE = -100
+from .config import ConfigError, TaskError, TrainConfig
+from .engine import Engine, pad_left
+from .tasks import Episode, Example, Task
+from .tokenizer import Tokenizer
 
 
 @dataclass
-class Sequences:
-    """Prompts (padded on the left) and completions (padded on the right)."""
+class Transcript:
+    """One episode in tokens."""
+
+    prompt: list[int]
+    ids: list[int] = field(default_factory=list)  # all that follows: turns and observations
+    mine: list[bool] = field(default_factory=list)  # written by the policy
+    turns: int = 0
+    ended: bool = False  # by itself: not cut by a limit on tokens
+    reward: float = 0.0
+
+    def write(self, ids: Sequence[int], mine: bool) -> None:
+        """Append what the policy, or the environment, wrote."""
+        self.ids += ids
+        self.mine += [mine] * len(ids)
+
+
+class Sequences(NamedTuple):
+    """Prompts (padded on the left) and what follows them (padded on the right)."""
 
     tokens_BT: Tensor  # int64
-    attention_BT: Tensor  # int64; 1 at prompt tokens and at completion tokens up to eos
-    mask_BC: Tensor  # bool; completion tokens that count: all up to eos, eos included
+    attention_BT: Tensor  # int64; 1 at every token of the episode
+    mask_BC: Tensor  # bool; tokens that count: those that the policy wrote, eos included
 
-    @property
-    def targets_BC(self) -> Tensor:
-        """Completion ids, IGNORE where masked."""
-        completion_BC = self.tokens_BT[:, -self.mask_BC.shape[1] :]
-        return completion_BC.masked_fill(~self.mask_BC, IGNORE)
+    def rows(self, some: slice) -> Sequences:
+        """Some of the sequences."""
+        return Sequences(*(x[some] for x in self))
 
 
 @dataclass
 class Rollout:
     """One rollout batch of B = P * G sequences; the G completions of a prompt are neighbours."""
 
-    sequences: Sequences
+    tokens_BT: Tensor
+    attention_BT: Tensor
+    mask_BC: Tensor
     old_logp_BC: Tensor  # log-probs under the policy that sampled them, at `temperature`
-    lse_BC: Tensor  # its log-sum-exp: a reference for the re-uses
+    ref_logp_BC: Tensor  # under the warm start; [B, 0] without a KL term
+    lse_BC: Tensor  # log-sum-exp of the last pass over it: a reference for the next
     reward_B: Tensor
-    completions: list[str]
+    advantage_B: Tensor
+    ended_B: Tensor  # bool
+    turns_B: Tensor
+
+    @property
+    def sequences(self) -> Sequences:
+        return Sequences(self.tokens_BT, self.attention_BT, self.mask_BC)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, by name: what a checkpoint keeps of a batch in use."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def pad_prompts(tokenizer: CharTokenizer, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Left-padded prompt ids and attention, both int64 [B, longest prompt]."""
-    ids = [tokenizer.encode(example.prompt) for example in examples]
-    width = max(len(row) for row in ids)
-    tokens = torch.tensor([[tokenizer.pad] * (width - len(row)) + row for row in ids])
-    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
-    return tokens, attention
-
-
-def with_answers(
-    tokenizer: CharTokenizer, examples: Sequence[Example], device: str = "cpu"
+def pack(
+    transcripts: Sequence[Transcript],
+    pad: int,
+    device: str = "cpu",
+    widths: Sequence[int] = (0, 0),
 ) -> Sequences:
-    """Prompts followed by their reference answers and eos, for warm-up and evaluation."""
-    answers = []
-    for example in examples:
-        if example.answer is None:
-            raise TaskError(f"example {example.prompt!r}: expected a reference answer, got None")
-        answers.append([*tokenizer.encode(example.answer), tokenizer.eos])
-    width = max(len(row) for row in answers)
-    answer_BC = torch.tensor([row + [tokenizer.pad] * (width - len(row)) for row in answers])
-    length_B = torch.tensor([len(row) for row in answers])
-    mask_BC = torch.arange(width) < length_B[:, None]
-    prompt_BP, attention_BP = pad_prompts(tokenizer, examples)
+    """Transcripts as tensors, of at least `widths` tokens of prompt and of what follows."""
+    prompt_BP, attention_BP = pad_left([t.prompt for t in transcripts], pad, widths[0])
+    width = max(widths[1], *(len(t.ids) for t in transcripts))
+    after_BC = torch.tensor([t.ids + [pad] * (width - len(t.ids)) for t in transcripts])
+    there_BC = torch.tensor([[1] * len(t.ids) + [0] * (width - len(t.ids)) for t in transcripts])
+    mask_BC = torch.tensor([t.mine + [False] * (width - len(t.ids)) for t in transcripts])
     return Sequences(
-        torch.cat([prompt_BP, answer_BC], dim=1).to(device),
-        torch.cat([attention_BP, mask_BC.long()], dim=1).to(device),
+        torch.cat([prompt_BP, after_BC], dim=1).to(device),
+        torch.cat([attention_BP, there_BC], dim=1).to(device),
         mask_BC.to(device),
     )
 
 
-def completion_logprobs(
-    model: Any,
-    sequences: Sequences,
-    config: TrainConfig,
-    *,
-    lse_ref_BC: Tensor | None = None,
-    gate: GradientGate | None = None,
-) -> tuple[Any, Tensor]:
-    """`linear_logprob`'s output over [B, C], and the hidden states [B, C, D] that it read.
-
-    Position t predicts token t + 1, so the hidden states are taken one to the left.
-    """
-    width = sequences.mask_BC.shape[1]
-    hidden_BTD = hidden_states(model, sequences.tokens_BT, sequences.attention_BT)
-    hidden_BCD = hidden_BTD[:, -width - 1 : -1]
-    out = linear_logprob(
-        hidden_BCD,
-        head_weight(model),
-        sequences.targets_BC,
-        temperature=config.temperature,
-        ignore_index=IGNORE,
-        grad_eps=config.grad_eps,
-        screen=config.screen,  # pyright: ignore[reportArgumentType]  # a known one: the config checks
-        lse_ref=lse_ref_BC,
-        gate=gate,
-    )
-    return out, hidden_BCD
-
-
-@torch.no_grad()
-def generate(
-    model: Any,
-    prompt_BP: Tensor,
-    attention_BP: Tensor,
-    config: TrainConfig,
-    generator: torch.Generator,
-) -> Sequences:
-    """Sample completions with a KV cache until eos or `max_completion_length` tokens."""
-    from transformers import DynamicCache
-
-    eos, pad = CharTokenizer.eos, CharTokenizer.pad
-    cache = DynamicCache(config=model.config)
-    tokens_BT, attention_BT = prompt_BP, attention_BP
-    step_tokens, step_positions = prompt_BP, positions(attention_BP)
-    alive_B = torch.ones(len(prompt_BP), dtype=torch.bool, device=prompt_BP.device)
-    masks = []
-    for _ in range(config.max_completion_length):
-        hidden = model.model(
-            input_ids=step_tokens,
-            attention_mask=attention_BT,
-            position_ids=step_positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        logits_BV = model.lm_head(hidden[:, -1]).float() / config.temperature
-        token_B1 = torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)
-        token_B1 = token_B1.masked_fill(~alive_B[:, None], pad)
-        masks.append(alive_B)
-        tokens_BT = torch.cat([tokens_BT, token_B1], dim=1)
-        attention_BT = torch.cat([attention_BT, alive_B[:, None].long()], dim=1)
-        alive_B = alive_B & (token_B1[:, 0] != eos)
-        if not alive_B.any():
-            break
-        step_tokens, step_positions = token_B1, positions(attention_BT)[:, -1:]
-    return Sequences(tokens_BT, attention_BT, torch.stack(masks, dim=1))
-
-
-@torch.no_grad()
-def rollout(
-    model: Any,
-    tokenizer: CharTokenizer,
+def play(
+    engine: Engine,
+    tokenizer: Tokenizer,
     task: Task,
     examples: Sequence[Example],
     config: TrainConfig,
-    generator: torch.Generator,
-) -> Rollout:
-    """`num_generations` completions of each example, with rewards and log-probabilities.
-
-    The log-probabilities come from the same call as the updates', not from sampling (whose cached
-    attention rounds differently), so that the first update's importance ratio is exactly 1.
+    key: str,
+) -> list[Transcript]:
+    """One episode of each example, a turn of all of them at a time. `key` seeds the sampling.
 
     Raises:
-        TaskError: the task's verifier failed.
+        TaskError: the environment raised, took longer than `task_timeout` or gave a bad reward.
     """
-    group = config.num_generations
-    prompt_PT, attention_PT = pad_prompts(tokenizer, examples)
-    sequences = generate(
-        model,
-        prompt_PT.repeat_interleave(group, dim=0).to(config.device),
-        attention_PT.repeat_interleave(group, dim=0).to(config.device),
-        config,
-        generator,
-    )
-    completion_BC = sequences.tokens_BT[:, -sequences.mask_BC.shape[1] :]
-    completions = [tokenizer.decode(row) for row in completion_BC.tolist()]
-    repeated = [example for example in examples for _ in range(group)]
-    reward_B = torch.tensor(score(task, repeated, completions), device=config.device)
-    out, _ = completion_logprobs(model, sequences, config)
-    return Rollout(sequences, out.logp, out.lse, reward_B, completions)
+    with asking(task, config):
+        episodes = [task.begin(example) for example in examples]
+    transcripts = [Transcript(tokenizer.prompt(example.prompt)) for example in examples]
+    open_ = list(range(len(examples)))
+    turn = 0
+    while open_:
+        inputs = [transcripts[i].prompt + transcripts[i].ids for i in open_]
+        room = config.max_context_length - max(len(ids) for ids in inputs)
+        limit = min(room, config.max_completion_length)
+        if limit < 1:
+            raise ConfigError(
+                f"max_context_length: expected more than the {max(map(len, inputs))} tokens of a "
+                f"prompt of {task.name}, got {config.max_context_length}"
+            )
+        new = engine.generate(inputs, limit, config.temperature, sampling_seed(f"{key} {turn}"))
+        still = []
+        for i, ids in zip(open_, new, strict=True):
+            transcript = transcripts[i]
+            transcript.write(ids, mine=True)
+            transcript.turns += 1
+            transcript.ended = ids[-1] == tokenizer.eos
+            answer = answered(task, episodes[i], tokenizer.decode(ids), transcript, config)
+            if answer is None:
+                continue
+            answer_ids = tokenizer.observation(answer)
+            if not transcript.ended:  # cut in mid-sentence: the environment speaks none the less
+                answer_ids = [tokenizer.eos, *answer_ids]
+            length = len(transcript.prompt) + len(transcript.ids) + len(answer_ids)
+            transcript.ended = length + config.max_completion_length <= config.max_context_length
+            if transcript.ended:
+                transcript.write(answer_ids, mine=False)
+                still.append(i)
+        open_, turn = still, turn + 1
+    return transcripts
 
 
-@torch.no_grad()
-def expected_accuracy(model: Any, sequences: Sequences, config: TrainConfig) -> float:
-    """Mean probability of sampling exactly the reference answer, eos included.
+def expert(
+    tokenizer: Tokenizer, task: Task, examples: Sequence[Example], config: TrainConfig
+) -> list[Transcript]:
+    """The episodes of the examples' own answers, for warm-up and exact evaluation."""
+    transcripts = []
+    for example in examples:
+        if example.answer is None:
+            raise TaskError(f"task {task.name}: expected an answer to imitate, got None")
+        with asking(task, config):
+            episode = task.begin(example)
+        transcript = Transcript(tokenizer.prompt(example.prompt), ended=True)
+        for text in example.answer:
+            transcript.write(tokenizer.turn(text), mine=True)
+            answer = answered(task, episode, text, transcript, config)
+            if answer is None:
+                break
+            transcript.write(tokenizer.observation(answer), mine=False)
+        transcripts.append(transcript)
+    return transcripts
 
-    This is the expectation of the strict reward, by teacher forcing: no sampling noise. `sequences`
-    come from `with_answers`.
+
+def texts(task: Task, n: int, config: TrainConfig) -> Iterator[str]:
+    """What an embedded policy must be able to read and say: prompts, turns, answers."""
+    for example in task.sample(n, "tokenizer"):
+        yield example.prompt
+        with asking(task, config):
+            episode = task.begin(example)
+            for turn in example.answer or ():
+                yield turn
+                answer = episode.step(turn)
+                if answer is None:
+                    break
+                yield answer
+
+
+def answered(
+    task: Task, episode: Episode, text: str, transcript: Transcript, config: TrainConfig
+) -> str | None:
+    """The environment's answer to a turn; the reward so far goes to the transcript."""
+    with asking(task, config, text):
+        answer = episode.step(text)
+        transcript.reward = reward = float(episode.reward)
+    if not (isfinite(reward) and 0.0 <= reward <= 1.0):
+        raise TaskError(
+            f"task {task.name}: reward: expected a number in [0, 1], got {reward!r} "
+            f"(turn {_one_line(text)!r})"
+        )
+    return answer
+
+
+@contextmanager
+def asking(task: Task, config: TrainConfig, turn: str | None = None) -> Iterator[None]:
+    """Whatever happens in a task becomes a TaskError of one line; so does taking too long.
+
+    The time limit needs signals: it holds in the main thread, and not against code that never
+    returns to Python.
     """
-    out, _ = completion_logprobs(model, sequences, config)
-    return float(out.logp.double().sum(dim=1).exp().mean())  # masked positions are exactly 0
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"no answer within task_timeout = {config.task_timeout:g} s")
+
+    limited = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGALRM")
+    before = signal.signal(signal.SIGALRM, late) if limited else None
+    if limited:
+        signal.setitimer(signal.ITIMER_REAL, config.task_timeout)
+    try:
+        yield
+    except (TaskError, ConfigError):
+        raise
+    except Exception as error:  # anything may come out of an environment
+        said = "" if turn is None else f" (turn {_one_line(turn)!r})"
+        raise TaskError(
+            f"task {task.name}: {type(error).__name__}: {_one_line(str(error)) or 'no message'}"
+            f"{said}"
+        ) from error
+    finally:
+        if limited:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def _one_line(text: str, length: int = 200) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def sampling_seed(key: str) -> int:
+    """A seed that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7])
+
+
+def in_chunks(items: Sequence[Any], size: int, call: Callable[[Sequence[Any], int], list[Any]]):
+    """`call(part, number)` for every `size` items, one list of the results."""
+    parts = [items[i : i + size] for i in range(0, len(items), size)]
+    return [result for n, part in enumerate(parts) for result in call(part, n)]

@@ -15,29 +15,35 @@ from torch import Tensor
 from dgg_kernels import GateConfig, GradientGate
 
 from .config import TrainConfig
+from .distributed import whole
+from .model import Policy
 
 
 class Arm:
     """Up to K updates per batch, always (gate="off"). The other arms override one method each."""
 
     def __init__(
-        self, config: TrainConfig, weight: Tensor, optimizer: torch.optim.Optimizer
+        self, config: TrainConfig, policy: Policy, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.config = config
-        self.gate = GradientGate(gate_config(config), weight)
+        self.config, self.head = config, policy.head.weight
+        self.gate = GradientGate(gate_config(config, policy), self.head)
         self.gate.attach(optimizer, max_grad_norm=config.max_grad_norm)
 
-    def allows(self, use: int) -> bool:
-        """Before use number `use` (from 1) of the batch: may it begin? Asked once per use."""
+    def allows(self, batch: int, use: int) -> bool:
+        """Before use number `use` of rollout batch `batch` (both from 1): may it begin?"""
         return True
 
     def vetoes(self, kl: Tensor) -> bool:
-        """After the forward: is this use, and with it the batch, to be dropped?"""
+        """Before the decision: is this use, and with it the batch, to be dropped?"""
         return False
 
     def decide(self) -> None:
         """After the backward, before the optimizer: energy, z-score, skip flag, clipping."""
         self.gate.decide()
+
+    def head_energy(self) -> Tensor:
+        """After the decision: norm of the lm_head's gradient, 0-dim."""
+        return self.gate.metrics()["gate/energy"]
 
 
 class DynamicGate(Arm):
@@ -48,21 +54,21 @@ class GlobalNormGate(Arm):
     """The same gate, fed with the norm of the whole gradient."""
 
     def decide(self) -> None:
+        # Before the optimizer's step, which clips the gradient in place.
+        self._head_norm = whole(torch.linalg.vector_norm(self.head.grad, dtype=torch.float32))
         self.gate.decide(energy=self.gate.total_grad_norm())
+
+    def head_energy(self) -> Tensor:
+        return self._head_norm
 
 
 class RandomStop(Arm):
     """A coin before each re-use: the control for "fewer updates", whatever their choice."""
 
-    def __init__(
-        self, config: TrainConfig, weight: Tensor, optimizer: torch.optim.Optimizer
-    ) -> None:
-        super().__init__(config, weight, optimizer)
-        self.go_on = continue_probability(config.mean_uses, config.num_iterations)
-        self.rng = random.Random(config.seed)
-
-    def allows(self, use: int) -> bool:
-        return use == 1 or self.rng.random() < self.go_on
+    def allows(self, batch: int, use: int) -> bool:
+        config = self.config
+        coin = random.Random(f"{config.seed} stop {batch} {use}").random()
+        return use == 1 or coin < continue_probability(config.mean_uses, config.num_iterations)
 
 
 class KLStop(Arm):
@@ -82,13 +88,17 @@ ARMS: dict[str, type[Arm]] = {
 GATED = ("dgg", "global_norm")  # arms whose z-score decides
 
 
-def gate_config(config: TrainConfig) -> GateConfig:
+def gate_config(config: TrainConfig, policy: Policy) -> GateConfig:
     """The gate of `config`'s arm: what `dgg_kernels.replay` needs to repeat its decisions."""
+    several = config.micro_batch_size is not None  # backward passes add up in .grad
+    frozen = not policy.head.weight.requires_grad
     return GateConfig(
         threshold=config.gate_threshold if config.gate in GATED else math.inf,
         window=config.gate_window,
         max_reuse=config.num_iterations,
         statistic=config.gate_statistic,  # type: ignore[arg-type]
+        # What the head alone gets, where .grad does not hold it.
+        accumulate=frozen or (policy.tied and several),
     )
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from .config import TrainConfig
-from .model import CharTokenizer
-from .rollout import Sequences, completion_logprobs, expected_accuracy, with_answers
+from .distributed import Ranks
+from .engine import TransformersEngine
+from .evaluate import Evaluator
+from .model import Policy
+from .rollout import expert, pack
 from .tasks import Task
-
-EVAL_EVERY = 5  # steps
 
 
 @dataclass
@@ -24,33 +24,31 @@ class WarmUp:
     reached: bool  # False: `warmup_max_steps` ended it before `warmup_accuracy`
 
 
-def warm_up(
-    model: Any,
-    tokenizer: CharTokenizer,
-    task: Task,
-    held_out: Sequences,
-    config: TrainConfig,
-) -> WarmUp:
-    """Train `model` in place on reference answers until `config.warmup_accuracy`.
+def warm_up(policy: Policy, task: Task, config: TrainConfig) -> WarmUp:
+    """Imitate expert episodes, in place, until `config.warmup_accuracy`.
 
-    The loss is the mean negative log-likelihood over answer tokens, eos included.
+    The loss is the mean negative log-likelihood over the policy's own tokens, eos included.
     """
+    evaluator = Evaluator(task, policy, config, Ranks.alone())
+    engine = TransformersEngine(policy)
+    if config.warmup_max_steps == 0:
+        return WarmUp(0, evaluator.accuracy(policy, engine), reached=True)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.warmup_learning_rate, weight_decay=0.0, fused=True
-    )
-    accuracy = expected_accuracy(model, held_out, config)
-    for step in range(config.warmup_max_steps):
-        if step % EVAL_EVERY == 0:
-            accuracy = expected_accuracy(model, held_out, config)
-            if accuracy >= config.warmup_accuracy:
-                return WarmUp(step, accuracy, reached=True)
+        [p for p in policy.parameters() if p.requires_grad],
+        lr=config.warmup_learning_rate, weight_decay=0.0, fused=True,
+    )  # fmt: skip
+    accuracy = 0.0
+    for step in range(config.warmup_max_steps + 1):
+        if step % config.warmup_eval_every == 0 or step == config.warmup_max_steps:
+            accuracy = evaluator.accuracy(policy, engine)
+        if accuracy >= config.warmup_accuracy or step == config.warmup_max_steps:
+            return WarmUp(step, accuracy, reached=accuracy >= config.warmup_accuracy)
         examples = task.sample(config.warmup_batch_size, f"{config.seed} warm-up {step}")
-        sequences = with_answers(tokenizer, examples, config.device)
-        out, _ = completion_logprobs(model, sequences, config)
-        loss = -out.logp.sum() / sequences.mask_BC.sum()
+        shown = pack(expert(policy.tokenizer, task, examples, config), policy.tokenizer.pad,
+                     config.device)  # fmt: skip
+        loss = -policy(*shown, config).out.logp.sum() / shown.mask_BC.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-    accuracy = expected_accuracy(model, held_out, config)
-    return WarmUp(config.warmup_max_steps, accuracy, accuracy >= config.warmup_accuracy)
+    raise AssertionError("unreachable")

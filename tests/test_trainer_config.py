@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 from trainer_toys import TINY
 
-from python_trainer.__main__ import arm_name, main, parser, task_options
+from python_trainer.__main__ import CONFIGS, arm_name, config_of, main, parser, task_options
 from python_trainer.compare import arm_configs
 from python_trainer.config import ConfigError, TrainConfig
-from python_trainer.model import CharTokenizer
+from python_trainer.tasks import FAMILIES
+from python_trainer.tokenizer import FittedTokenizer
 
 WRONG = [
     ("gate", "maybe", "one of off, dgg"),
-    ("loss_type", "ppo", "one of grpo, dapo"),
+    ("loss_type", "ppo", "one of grpo, dr_grpo, bnpo, dapo"),
     ("num_generations", 1, "integer >= 2"),
     ("rollout_batches", 0, "integer >= 1"),
     ("rollout_batches", 2.5, "integer >= 1"),
@@ -25,6 +26,11 @@ WRONG = [
     ("gate_window", 1, "integer >= 2"),
     ("hidden_size", 30, "multiple of"),
     ("task_options", [], "a dict"),
+    ("model", "", "name"),
+    ("micro_batch_size", 0, "integer >= 1"),
+    ("gradient_checkpointing", 1, "a bool"),
+    ("parallel", "tensor", "one of ddp, fsdp2"),
+    ("task_timeout", 0, "> 0"),
 ]
 
 
@@ -43,7 +49,10 @@ def test_random_arm_must_be_able_to_reach_its_mean():
 
 
 CLI_WRONG = [
-    (["--task", "chess"], "task: expected one of math, got 'chess'"),
+    (["--task", "chess"], "config: expected a TOML file, got 'chess'"),
+    (["--config", "math", "--task", "chess"], "task: expected one of math, alfworld, webshop, "),
+    (["--model", "no/such-model"], "model: expected embedded, smollm2 or a transformers model"),
+    (["--parallel", "fsdp2"], "parallel: expected fsdp2 under torchrun"),
     (["--task-option", "dataset=chess"], "expected one of number_sorting, chain_sum"),
     (["--task-option", "min_numbers=0"], "min_numbers must be positive"),
     (["--task-option", "colour=red"], "expected options of reasoning-gym's number_sorting"),
@@ -95,14 +104,64 @@ def test_arm_names_agree_with_compare():
     assert arm_name(replace(TINY, gate="off", num_iterations=3)) == "fixed_k3"
 
 
+def test_learning_rate_counts_applied_updates():
+    config = TrainConfig(lr_warmup=3, lr_decay=8)
+    factors = [config.learning_rate_factor(applied) for applied in range(10)]
+    assert factors[0] == 0.25 and factors[4] == 0.5 and factors[8] == factors[9] == 0.0
+    assert max(factors) == factors[3] == 5 / 8
+    assert TrainConfig().learning_rate_factor(10**6) == 1.0
+
+
+def test_settings_come_from_file_and_command_line(tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text('task = "math"\nbeta = 0.5\n[task_options]\ndataset = "chain_sum"\n')
+    options = ["train", "--out", "x", "--config", str(file), "--beta", "0.25"]
+    config = config_of(parser().parse_args([*options, "--task-option", "max_digits=1"]))
+    assert config.beta == 0.25
+    assert config.task_options == {"dataset": "chain_sum", "max_digits": 1}
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("colour = 1", "config: expected settings of TrainConfig, got 'colour'"),
+    ("beta =", "config: expected a TOML file"),
+    ("\x00", "config: expected a TOML file"),
+    ('beta = "x"', "beta: expected a finite number"),
+])  # fmt: skip
+def test_wrong_files_are_one_line(text, expected, tmp_path, capsys):
+    file = tmp_path / "my.toml"
+    file.write_text(text)
+    assert main(["train", "--out", str(tmp_path / "run"), "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_settings_are_settings(path):
+    config = config_of(parser().parse_args(["train", "--out", "x", "--config", path.stem]))
+    assert config.task in FAMILIES
+
+
+def test_every_task_ships_its_settings():
+    assert set(FAMILIES) <= {path.stem for path in CONFIGS.glob("*.toml")}
+
+
 def test_tokenizer_round_trip():
-    tokenizer = CharTokenizer(512)
+    tokenizer = FittedTokenizer(512)
     text = "(-9/9)= Sort > < ~!\n"
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text and max(ids) < 512
+    ids = tokenizer.turn(text)
+    assert tokenizer.decode(ids) == text and max(ids) < 512 and ids[-1] == tokenizer.eos
     assert tokenizer.decode([*ids[:3], tokenizer.eos, *ids]) == text[:3]
-    assert tokenizer.decode([tokenizer.pad, *ids, 511]) == text + "\ufffd"
-    with pytest.raises(ValueError, match="printable ASCII, got 'é'"):
-        tokenizer.encode("é")
+    assert tokenizer.decode([tokenizer.pad, *ids[:-1], 511]) == text + "\ufffd"
+    assert tokenizer.decode(tokenizer.turn("é")) == "\ufffd"
     with pytest.raises(ConfigError, match="vocab_size: expected at least"):
-        CharTokenizer(64)
+        FittedTokenizer(64)
+
+
+def test_tokenizer_knows_the_common_words():
+    texts = ["go to shelf 12", "go to fridge 1"] * 3 + ["rare"]
+    tokenizer = FittedTokenizer.fit(4 + 96 + 4, texts)
+    assert tokenizer.words == [" to", "go", " fridge", " shelf"]
+    ids = tokenizer.encode("go to shelf 12")
+    assert len(ids) == 6 and tokenizer.decode(ids) == "go to shelf 12"
+    assert len(tokenizer.encode("rare")) == 4
+    assert FittedTokenizer.fit(512, texts).words == [" to", "go", " fridge", " shelf", "rare"]

@@ -1,24 +1,20 @@
-"""Rollouts, loss and stopping rules against their definitions."""
+"""Rollouts, losses, advantages and stopping rules against their definitions."""
 
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from trainer_toys import TINY, Digits
+from trainer_toys import TINY, Digits, Echo
 
-from python_trainer.config import TrainConfig
+from python_trainer.config import LOSSES, SCALES, ConfigError, TrainConfig
+from python_trainer.distributed import Ranks
+from python_trainer.engine import TransformersEngine
+from python_trainer.evaluate import Evaluator
 from python_trainer.loop import prepare
-from python_trainer.loss import group_advantages, policy_loss, token_shares
-from python_trainer.rollout import (
-    completion_logprobs,
-    expected_accuracy,
-    generate,
-    pad_prompts,
-    rollout,
-    with_answers,
-)
-from python_trainer.stopping import ARMS, RandomStop, continue_probability
+from python_trainer.loss import group_advantages, mask_truncated, policy_loss, token_shares
+from python_trainer.rollout import pack, play
+from python_trainer.stopping import ARMS, continue_probability
 from python_trainer.tasks import Example
 
 
@@ -27,105 +23,127 @@ def start():
     return prepare(TINY, Digits())
 
 
-def draw(start, config=TINY, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    examples = start.task.sample(config.prompts_per_batch, str(seed))
-    return rollout(start.model, start.tokenizer, start.task, examples, config, generator)
+@pytest.fixture(scope="module", params=[Digits, Echo])
+def played(request, start):
+    """Transcripts of a task of one turn, and of one of several."""
+    task = request.param()
+    engine = TransformersEngine(start.policy)
+    return play(engine, start.policy.tokenizer, task, task.sample(12, "0"), TINY, "key")
 
 
-def test_mask_ends_with_the_first_eos(start):
-    drawn = draw(start)
-    mask, eos, pad = drawn.sequences.mask_BC, start.tokenizer.eos, start.tokenizer.pad
-    completions = drawn.sequences.tokens_BT[:, -mask.shape[1] :]
-    assert len(completions) == TINY.sequences_per_batch
-    for ids, counted, text in zip(
-        completions.tolist(), mask.tolist(), drawn.completions, strict=True
-    ):
-        length = ids.index(eos) + 1 if eos in ids else len(ids)
-        assert counted == [i < length for i in range(len(ids))]
-        assert all(i == pad for i in ids[length:])
-        assert text == start.tokenizer.decode(ids)
-    assert drawn.sequences.attention_BT[:, -mask.shape[1] :].equal(mask.long())
+def test_what_counts_is_what_the_policy_wrote(start, played):
+    tokenizer = start.policy.tokenizer
+    sequences = pack(played, tokenizer.pad)
+    width = sequences.mask_BC.shape[1]
+    after = sequences.tokens_BT[:, -width:]
+    for transcript, ids, counted, there in zip(
+        played, after.tolist(), sequences.mask_BC.tolist(),
+        sequences.attention_BT[:, -width:].tolist(), strict=True,
+    ):  # fmt: skip
+        length = len(transcript.ids)
+        assert ids == transcript.ids + [tokenizer.pad] * (width - length)
+        assert there == [1] * length + [0] * (width - length)
+        assert counted == transcript.mine + [False] * (width - length)
+        ends = [i for i, mine in enumerate(transcript.mine) if mine and ids[i] == tokenizer.eos]
+        assert len(ends) <= transcript.turns and transcript.mine[0]
+        assert all(i + 1 == length or not transcript.mine[i + 1] for i in ends)
+        if transcript.turns == 1:
+            assert all(transcript.mine) and transcript.ended == (ids[length - 1] == tokenizer.eos)
 
 
-def test_old_logprobs_are_those_of_the_unpadded_sequence(start):
-    drawn = draw(start)
-    tokens, attention = drawn.sequences.tokens_BT, drawn.sequences.attention_BT
-    mask = drawn.sequences.mask_BC
-    for b in range(len(tokens)):
-        ids = tokens[b][attention[b].bool()]
-        count = int(mask[b].sum())
-        with torch.no_grad():
-            logits = start.model(input_ids=ids[None]).logits[0].float() / TINY.temperature
-        expected = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[-count:, 0]
-        torch.testing.assert_close(drawn.old_logp_BC[b, :count], expected, atol=2e-5, rtol=1e-5)
-        assert not drawn.old_logp_BC[b, count:].any()
-
-
-def test_first_use_has_ratio_exactly_one(start):
-    drawn = draw(start)
-    out, _ = completion_logprobs(start.model, drawn.sequences, TINY, lse_ref_BC=drawn.lse_BC)
-    assert out.logp.detach().equal(drawn.old_logp_BC)
+def test_logprobs_are_those_of_the_unpadded_sequence(start, played):
+    config = replace(TINY, temperature=0.7, grad_eps=0.0)
+    sequences = pack(played, start.policy.tokenizer.pad)
+    with torch.no_grad():
+        together = start.policy(*sequences, config).out.logp
+        for b, transcript in enumerate(played):
+            ids = torch.tensor([transcript.prompt + transcript.ids])
+            logits = start.policy.model(input_ids=ids).logits[0].float() / 0.7
+            logp = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+            expected = logp[len(transcript.prompt) - 1 :] * torch.tensor(transcript.mine)
+            count = len(transcript.ids)
+            torch.testing.assert_close(together[b, :count], expected, atol=2e-5, rtol=1e-5)
+            assert not together[b, count:].any()
 
 
 def test_sampling_follows_the_distribution(start):
-    config = replace(TINY, max_completion_length=1, temperature=0.7)
-    tokens, attention = pad_prompts(start.tokenizer, [Example("ab", None, None)])
-    generator = torch.Generator().manual_seed(0)
-    n = 4000
-    sequences = generate(
-        start.model, tokens.repeat(n, 1), attention.repeat(n, 1), config, generator
-    )
-    counts = torch.bincount(sequences.tokens_BT[:, -1], minlength=TINY.vocab_size) / n
+    policy, n = start.policy, 4000
+    prompt = policy.tokenizer.prompt("ab")
+    sampled = TransformersEngine(policy).generate([prompt] * n, 1, 0.7, seed=0)
+    counts = torch.bincount(torch.tensor(sampled)[:, 0], minlength=TINY.vocab_size) / n
     with torch.no_grad():
-        p = (start.model(input_ids=tokens).logits[0, -1] / 0.7).softmax(-1)
+        p = (policy.model(input_ids=torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1)
     assert (counts - p).abs().max() < 4 * math.sqrt(0.25 / n)
 
 
-def test_expected_accuracy_is_the_probability_of_the_answer(start):
-    examples = [Example("ab", None, "12"), Example("c", None, "345")]
-    sequences = with_answers(start.tokenizer, examples)
+def test_exact_accuracy_is_the_probability_of_the_answer(start):
+    examples = [Example("ab", None, ("12",)), Example("c", None, ("345",))]
+
+    class Two(Digits):
+        exact = True
+
+        def sample(self, n, seed, held_out=False):
+            return examples
+
+    config, tokenizer = replace(TINY, eval_prompts=2), start.policy.tokenizer
+    evaluator = Evaluator(Two(), start.policy, config, Ranks.alone())
     total = 0.0
     for example in examples:
-        prompt, answer = (start.tokenizer.encode(t) for t in (example.prompt, example.answer))
-        ids = torch.tensor([[*prompt, *answer, start.tokenizer.eos]])
+        prompt, answer = tokenizer.prompt(example.prompt), tokenizer.turn(example.answer[0])
+        ids = torch.tensor([[*prompt, *answer]])
         with torch.no_grad():
-            logp = start.model(input_ids=ids).logits[0].double().log_softmax(-1)
+            logp = start.policy.model(input_ids=ids).logits[0].double().log_softmax(-1)
         chosen = logp[:-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
         total += float(chosen.sum().exp())
-    assert expected_accuracy(start.model, sequences, TINY) == pytest.approx(total / 2, rel=1e-4)
+    accuracy = evaluator.accuracy(start.policy, TransformersEngine(start.policy))
+    assert accuracy == pytest.approx(total / 2, rel=1e-4)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("epsilon_high", [None, 0.28])
 def test_loss_is_the_explicit_loop(loss_type, epsilon_high):
-    config = TrainConfig(loss_type=loss_type, epsilon_high=epsilon_high, beta=0.1)
+    low, high = 0.8, 1.2 if epsilon_high is None else 1.28
+    if loss_type == "cispo":
+        low, high, epsilon_high = 0.0, 1.28, 1.28
+    config = TrainConfig(
+        loss_type=loss_type, epsilon_high=epsilon_high, beta=0.1, max_completion_length=7
+    )
     torch.manual_seed(0)
     old, ref = -torch.rand(6, 5), -torch.rand(6, 5)
-    logp = (old + 0.4 * torch.randn(6, 5)).requires_grad_()
+    logp = (old + 0.6 * torch.randn(6, 5)).requires_grad_()
     advantage = torch.tensor([1.0, -1.0, 0.5, 0.0, -2.0, 1.5])
     length = [5, 3, 1, 4, 5, 2]
     mask = torch.arange(5) < torch.tensor(length)[:, None]
-    low, high = 0.8, 1.2 if epsilon_high is None else 1.28
 
-    total, kl, clipped = 0.0, 0.0, 0
+    total, kl, kl_ref, clipped = 0.0, 0.0, 0.0, 0
     weight = torch.zeros(6, 5)
     for b in range(6):
-        for t in range(length[b]):
-            share = 1 / (6 * length[b]) if loss_type == "grpo" else 1 / sum(length)
+        log_ratios = [(logp[b, t] - old[b, t]).item() for t in range(length[b])]
+        for t, log_ratio in enumerate(log_ratios):
+            share = {
+                "grpo": 1 / (6 * length[b]), "gspo": 1 / (6 * length[b]), "dr_grpo": 1 / (6 * 7)
+            }.get(loss_type, 1 / sum(length))  # fmt: skip
             new, a = logp[b, t].item(), advantage[b].item()
-            r = math.exp(new - old[b, t].item())
-            total -= share * min(r * a, min(max(r, low), high) * a)
-            d = ref[b, t].item() - new
-            total += config.beta * share * (math.exp(d) - d - 1)
-            kl += (r - math.log(r) - 1) / sum(length)
-            cut = (a > 0 and r > high) or (a < 0 and r < low)
+            r = math.exp(sum(log_ratios) / length[b] if loss_type == "gspo" else log_ratio)
+            bounded = min(max(r, low), high)
+            if loss_type == "cispo":
+                cut, weight[b, t] = r > high, bounded
+                total -= share * bounded * a * new
+            else:
+                cut = (a > 0 and r > high) or (a < 0 and r < low)
+                weight[b, t] = 0.0 if cut else r
+                total -= share * min(r * a, bounded * a)
             clipped += cut
-            weight[b, t] = 0.0 if cut else r
+            d = ref[b, t].item() - new
+            total += config.beta * share * r * (math.exp(d) - d - 1)
+            kl_ref += r * (math.exp(d) - d - 1) / sum(length)
+            kl += (math.exp(log_ratio) - log_ratio - 1) / sum(length)
 
     loss = policy_loss(logp, old, advantage, mask, config, ref)
+    assert loss.kl_ref is not None
     assert loss.loss.item() == pytest.approx(total, rel=1e-5)
     assert loss.kl.item() == pytest.approx(kl, rel=1e-4)
+    assert loss.kl_ref.item() == pytest.approx(kl_ref, rel=1e-4)
     assert loss.clip_ratio.item() == pytest.approx(clipped / sum(length)) and clipped
     torch.testing.assert_close(loss.weight_BC, weight)
     # The weights are what multiplies A ∇logp in the surrogate's gradient, masks included.
@@ -135,41 +153,131 @@ def test_loss_is_the_explicit_loop(loss_type, epsilon_high):
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_what_is_masked_does_not_matter(loss_type):
+    config = TrainConfig(loss_type=loss_type, epsilon_high=1.5, beta=0.1)
+    torch.manual_seed(0)
+    given = -torch.rand(3, 2, 4)  # logp, old, ref
+    mask = torch.tensor([[True, False, True, False], [False] * 4])
+    outcomes = []
+    for rubbish in (0.0, math.nan, -math.inf, 1e30):
+        logp, old, ref = given.masked_fill(~mask, rubbish)
+        logp.requires_grad_()
+        loss = policy_loss(logp, old, torch.tensor([1.0, -1.0]), mask, config, ref)
+        (gradient,) = torch.autograd.grad(loss.loss, logp)
+        outcomes.append([*vars(loss).values(), gradient])
+    for other in outcomes[1:]:
+        for value, expected in zip(other, outcomes[0], strict=True):
+            assert torch.equal(value, expected) and value.isfinite().all()
+
+
+def test_kl_gradient_on_samples_of_the_old_policy_is_that_of_the_divergence():
+    """Over every token of a small vocabulary, each as often as the old policy says it."""
+    torch.manual_seed(0)
+    old, ref = torch.randn(2, 5).log_softmax(-1)
+    logits = torch.randn(5, requires_grad=True)
+    logp = logits.log_softmax(-1)
+    divergence = (logp.exp() * (logp - ref)).sum()
+    (expected,) = torch.autograd.grad(divergence, logits, retain_graph=True)
+    config = TrainConfig(loss_type="bnpo", beta=1.0)
+    mean = torch.zeros(())
+    for token, probability in enumerate(old.exp()):
+        lone = (x[token].view(1, 1) for x in (logp, old, ref))
+        new_1, old_1, ref_1 = lone
+        ones = torch.ones(1, 1, dtype=torch.bool)
+        loss = policy_loss(new_1, old_1, torch.zeros(1), ones, config, ref_1)
+        mean = mean + probability * loss.loss
+    (gradient,) = torch.autograd.grad(mean, logits)
+    torch.testing.assert_close(mean, divergence)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_shares_sum_to_one_even_with_an_empty_row():
-    mask = torch.tensor([[True, True], [True, False]])
-    for loss_type in ("grpo", "dapo"):
-        assert token_shares(mask, loss_type).sum().item() == pytest.approx(1.0)
-        assert not token_shares(torch.zeros_like(mask), loss_type).any()
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    for loss_type in LOSSES:
+        config = TrainConfig(loss_type=loss_type, epsilon_high=1.5, max_completion_length=8)
+        share = token_shares(mask, config)
+        total = 4 / (2 * 8) if loss_type == "dr_grpo" else 1.0
+        assert share.sum().item() == pytest.approx(total)
+        assert not share[~mask].any()
+        assert not token_shares(torch.zeros_like(mask), config).any()
 
 
-def test_advantages_of_equal_rewards_are_zero():
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_micro_batches_add_up_to_the_batch(loss_type):
+    config = TrainConfig(loss_type=loss_type, epsilon_high=1.5, beta=0.1)
+    torch.manual_seed(0)
+    logp, old, ref = -torch.rand(3, 6, 4)
+    logp.requires_grad_()
+    mask, advantage = torch.rand(6, 4) < 0.6, torch.randn(6)
+    whole = policy_loss(logp, old, advantage, mask, config, ref)
+    share = token_shares(mask, config)
+    parts = [
+        policy_loss(logp[r], old[r], advantage[r], mask[r], config, ref[r], share[r])
+        for r in (slice(0, 2), slice(2, 6))
+    ]
+    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
+    assert torch.cat([part.weight_BC for part in parts]).equal(whole.weight_BC)
+
+
+def test_truncated_sequences_count_for_nothing():
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
+    kept = mask_truncated(mask, torch.tensor([False, True, True]))
+    assert kept.equal(torch.tensor([[False] * 3, [True, True, False], [True] * 3]))
+    torch.manual_seed(0)
+    old = -torch.rand(3, 3)
+    logp = (old + 0.01).requires_grad_()  # nothing is clipped
+    loss = policy_loss(logp, old, torch.tensor([1.0, -1.0, 1.0]), kept, TrainConfig())
+    (gradient,) = torch.autograd.grad(loss.loss, logp)
+    assert not gradient[~kept].any() and gradient[kept].all()
+    assert loss.share_BC.sum().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scale_rewards", SCALES)
+def test_advantages_of_equal_rewards_are_zero(scale_rewards):
     rewards = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 0.0])
-    advantage = group_advantages(rewards, 3)
+    advantage = group_advantages(rewards, 3, scale_rewards)
     assert not advantage[:3].any()
     torch.testing.assert_close(advantage[3:].sum(), torch.tensor(0.0), atol=1e-6, rtol=0)
-    assert advantage[4] > 0 > advantage[3]
+    deviation = {"group": (1 / 3) ** 0.5, "batch": (4 / 15) ** 0.5, "none": 1.0}[scale_rewards]
+    assert advantage[4].item() == pytest.approx(2 / 3 / deviation, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "cispo"}, "epsilon_high: expected a finite number >= 1, got None"),
+        ({"loss_type": "cispo", "epsilon_high": 0.28}, "epsilon_high: .* >= 1, got 0.28"),
+        ({"loss_type": "ppo"}, "loss_type: .* grpo, dr_grpo, bnpo, dapo, cispo, gspo, got 'ppo'"),
+        ({"scale_rewards": True}, "scale_rewards: .* group, batch, none, got True"),
+        ({"mask_truncated_completions": 1}, "mask_truncated_completions: .* a bool, got 1"),
+    ],
+)
+def test_settings_of_the_loss_that_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**options)
 
 
 @pytest.mark.parametrize("mean", [1.0, 1.9, 4.2, 8.0])
-def test_random_arm_has_the_requested_mean_use(mean):
+def test_random_arm_has_the_requested_mean_use(mean, start):
     q = continue_probability(mean, 8)
     assert sum(q**k for k in range(8)) == pytest.approx(mean, abs=1e-6)
-    weight = torch.nn.Parameter(torch.zeros(4, 4))
     config = replace(TINY, gate="random", mean_uses=mean, num_iterations=8)
-    arm = RandomStop(config, weight, torch.optim.AdamW([weight], fused=True))
+    arm = make_arm(config, start.policy)
     uses = 0
-    for _ in range(4000):
+    for batch in range(4000):
         for use in range(1, 9):
-            if not arm.allows(use):
+            if not arm.allows(batch, use):
                 break
             uses += 1
     assert uses / 4000 == pytest.approx(mean, rel=0.05)
 
 
-def test_kl_arm_vetoes_above_its_limit_and_on_nan():
-    weight = torch.nn.Parameter(torch.zeros(4, 4))
-    arm = ARMS["kl"](
-        replace(TINY, gate="kl", kl_stop=0.1), weight, torch.optim.SGD([weight], fused=True)
-    )
+def test_kl_arm_vetoes_above_its_limit_and_on_nan(start):
+    arm = make_arm(replace(TINY, gate="kl", kl_stop=0.1), start.policy)
     assert not arm.vetoes(torch.tensor(0.05))
     assert arm.vetoes(torch.tensor(0.2)) and arm.vetoes(torch.tensor(math.nan))
+
+
+def make_arm(config, policy):
+    return ARMS[config.gate](config, policy, torch.optim.AdamW(policy.parameters(), fused=True))

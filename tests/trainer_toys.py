@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from python_trainer.config import TrainConfig
-from python_trainer.tasks import Example
+from python_trainer.tasks import Episode, Example, Verified
 
 TINY = TrainConfig(
     task="digits",
@@ -32,9 +32,10 @@ TINY = TrainConfig(
 
 
 class Digits:
-    """Reward: the share of the completion's five places that hold a digit. Easy to raise."""
+    """Reward: the share of the turn's five places that hold a digit. Easy to raise."""
 
     name = "digits"
+    exact = False
 
     def __init__(self, options: dict[str, Any] | None = None) -> None:
         self.calls = 0
@@ -42,19 +43,47 @@ class Digits:
     def sample(self, n: int, seed: str, held_out: bool = False) -> list[Example]:
         rng = random.Random(seed)
         prompts = ["".join(rng.choices("abc", k=rng.randint(1, 3))) for _ in range(n)]
-        return [Example(prompt, prompt, "12") for prompt in prompts]
+        return [Example(prompt, prompt, ("12",)) for prompt in prompts]
 
-    def reward(self, example: Example, completion: str) -> float:
+    def begin(self, example: Example) -> Episode:
+        return Verified(self.verify)
+
+    def verify(self, turn: str) -> float:
         self.calls += 1
-        return sum(c.isdigit() for c in completion[:5]) / 5
+        return sum(c.isdigit() for c in turn[:5]) / 5
+
+
+class Echo(Digits):
+    """Three turns; the environment answers each with what it was, and the last one counts."""
+
+    name = "echo"
+
+    def sample(self, n: int, seed: str, held_out: bool = False) -> list[Example]:
+        examples = super().sample(n, seed, held_out)
+        return [Example(e.prompt, e.item, ("12", "3", "456")) for e in examples]
+
+    def begin(self, example: Example) -> Episode:
+        return Talk()
+
+
+class Talk:
+    """An episode of Echo."""
+
+    def __init__(self) -> None:
+        self.turns, self.reward = 0, 0.0
+
+    def step(self, turn: str) -> str | None:
+        self.turns += 1
+        self.reward = sum(c.isdigit() for c in turn[:3]) / 3
+        return None if self.turns == 3 else f"you said {turn[:3]}\n"
 
 
 class Fails(Digits):
-    """Its verifier breaks in the third rollout batch."""
+    """Its verifier breaks in a rollout batch after the first, with TINY."""
 
     name = "fails"
 
-    def reward(self, example: Example, completion: str) -> float:
-        if self.calls == 2 * TINY.sequences_per_batch:
+    def verify(self, turn: str) -> float:
+        if self.calls == 500:
             raise ZeroDivisionError("no\nluck")
-        return super().reward(example, completion)
+        return super().verify(turn)

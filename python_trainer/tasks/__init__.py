@@ -1,84 +1,100 @@
-"""What a task is: prompts to sample, and a verifier that turns a completion into a reward."""
+"""What a task is: prompts to start from, and an environment that answers the policy and scores it.
+
+A task with a verifier and nothing else (mathematics) is an environment of one turn.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite  # not "import math": our submodule of that name would shadow it
 from typing import Any, Protocol
 
-from ..config import ConfigError, TaskError
+from ..config import ConfigError
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt to complete."""
+    """Where one episode starts."""
 
     prompt: str
-    item: Any  # what the verifier checks against; opaque to the trainer
-    answer: str | None  # a reference completion (warm-up and exact evaluation), where one is known
+    item: Any  # what the environment is made of; opaque to the trainer
+    # An expert's turns, where one is known: what to imitate in the warm-up. They score about 1.
+    answer: tuple[str, ...] | None
+
+
+class Episode(Protocol):
+    """One attempt at an example: the policy takes a turn, the environment answers, and so on."""
+
+    reward: float  # in [0, 1]; of what was done so far, and final when the episode is over
+
+    def step(self, turn: str) -> str | None:
+        """Take the policy's turn; returns what the environment writes, or None: it is over.
+
+        Any text may come: what cannot be understood is answered so, and never raises.
+        """
+        ...
 
 
 class Task(Protocol):
-    """Prompts and rewards."""
+    """Examples and environments of one kind."""
 
     name: str
+    exact: bool  # is the reward 1 for an example's own answer, and 0 for everything else?
 
     def sample(self, n: int, seed: str, held_out: bool = False) -> list[Example]:
         """`n` examples, a pure function of the arguments. No prompt is ever in both pools."""
         ...
 
-    def reward(self, example: Example, completion: str) -> float:
-        """Score of one completion, in [0, 1]."""
+    def begin(self, example: Example) -> Episode:
+        """A fresh episode, a pure function of the example; many may be under way at once."""
         ...
 
 
-def _math(options: dict[str, Any]) -> Task:
-    from .math import MathTask
+class Verified:
+    """The episode of a task of one turn."""
 
-    return MathTask(options)
+    def __init__(self, verify: Callable[[str], float]) -> None:
+        self.verify = verify
+        self.reward = 0.0
+
+    def step(self, turn: str) -> None:
+        self.reward = self.verify(turn)
 
 
-TASKS: dict[str, Callable[[dict[str, Any]], Task]] = {"math": _math}
+FAMILIES = {
+    "math": "MathTask",
+    "alfworld": "AlfworldTask",
+    "webshop": "WebshopTask",
+    "search_qa": "SearchQATask",
+}
 
 
 def make_task(name: str, options: dict[str, Any]) -> Task:
-    """The task called `name`.
+    """The task family called `name`.
 
     Raises:
-        ConfigError: one line, when the name or an option is not known.
+        ConfigError: one line, when the name or an option is not known, or the family's packages
+            are not installed.
     """
-    if name not in TASKS:
-        raise ConfigError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
-    return TASKS[name](options)
+    if name not in FAMILIES:
+        raise ConfigError(f"task: expected one of {', '.join(FAMILIES)}, got {name!r}")
+    try:
+        module = importlib.import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        raise ConfigError(f"task: {name} needs a package that is not here ({error})") from error
+    return getattr(module, FAMILIES[name])(options)
 
 
-def score(task: Task, examples: Sequence[Example], completions: Sequence[str]) -> list[float]:
-    """Reward of each completion.
-
-    Raises:
-        TaskError: one line naming the task, when its verifier raises or leaves [0, 1].
-    """
-    rewards = []
-    for example, completion in zip(examples, completions, strict=True):
-        try:
-            reward = float(task.reward(example, completion))
-        except Exception as error:  # anything may come out of a verifier
-            raise TaskError(
-                f"task {task.name}: reward raised {type(error).__name__}: {_one_line(error)} "
-                f"(prompt {example.prompt!r}, completion {completion!r})"
-            ) from error
-        if not (isfinite(reward) and 0.0 <= reward <= 1.0):
-            raise TaskError(
-                f"task {task.name}: reward: expected a number in [0, 1], got {reward!r} "
-                f"(prompt {example.prompt!r}, completion {completion!r})"
-            )
-        rewards.append(reward)
-    return rewards
+def play(task: Task, example: Example, turns: Sequence[str]) -> tuple[float, list[str]]:
+    """Reward of an episode in which the policy says `turns`, and what the environment wrote."""
+    episode, written = task.begin(example), []
+    for turn in turns:
+        text = episode.step(turn)
+        if text is None:
+            break
+        written.append(text)
+    return episode.reward, written
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or "no message"
-
-
-__all__ = ["TASKS", "Example", "Task", "make_task", "score"]
+__all__ = ["FAMILIES", "Episode", "Example", "Task", "Verified", "make_task", "play"]

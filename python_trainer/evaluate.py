@@ -1,0 +1,111 @@
+"""How good a policy is on held-out examples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoint
+from .config import ConfigError, TrainConfig
+from .distributed import Ranks, gathered
+from .engine import Engine
+from .model import Policy
+from .rollout import Sequences, Transcript, expert, in_chunks, pack, play
+from .tasks import Example, Task, make_task
+from .tokenizer import Tokenizer
+
+
+class Evaluator:
+    """Accuracy on the same held-out examples at every call.
+
+    Where the reference answer is the only right one (`task.exact`), it is the exact expectation of
+    the reward: the mean probability of the whole answer, eos included, with no sampling noise. Else
+    it is the mean reward of one sampled episode of each example, with the same random numbers at
+    every call.
+    """
+
+    def __init__(self, task: Task, policy: Policy, config: TrainConfig, ranks: Ranks) -> None:
+        self.task, self.policy, self.config, self.ranks = task, policy, config, ranks
+        self.examples = task.sample(config.eval_prompts, "held-out", held_out=True)
+        self.answers: list[Sequences] = []
+        if task.exact:
+            mine = self.examples[ranks.rank :: ranks.world]
+            known = expert(policy.tokenizer, task, mine, config)
+            size = config.micro_batch_size or len(known)
+            pad = policy.tokenizer.pad
+            self.answers = [
+                pack(known[i : i + size], pad, config.device) for i in range(0, len(known), size)
+            ]
+
+    @torch.no_grad()
+    def accuracy(self, model: torch.nn.Module, engine: Engine) -> float:
+        """Of the policy as it is now; `model` is what `spread` made of it."""
+        if self.task.exact:
+            total = torch.zeros((), dtype=torch.float64)
+            for s in self.answers:
+                out = model(s.tokens_BT, s.attention_BT, s.mask_BC, self.config).out
+                total += out.logp.double().sum(dim=1).exp().sum().cpu()  # 0 where masked
+        else:
+            # A part's random numbers are its own, whoever plays it.
+            def part(examples: Sequence[Example], n: int) -> list[Transcript]:
+                if n % self.ranks.world != self.ranks.rank:
+                    return []
+                key = f"held-out {n}"
+                return play(engine, self.policy.tokenizer, self.task, examples, self.config, key)
+
+            with gathered(self.policy):
+                engine.refresh()
+                played = in_chunks(self.examples, self.config.generation_batch_size, part)
+            total = torch.tensor(sum(t.reward for t in played), dtype=torch.float64)
+        return float(self.ranks.total(total.to(self.config.device))) / self.config.eval_prompts
+
+
+def evaluate_run(out: Path, show: int, console: Any) -> None:
+    """Print the held-out accuracy of each arm's newest weights, and some episodes of it.
+
+    Raises:
+        ConfigError: `out` is no run directory, or holds no checkpoint.
+    """
+    from .compare import read_run  # which needs the loop, which needs this module
+    from .engine import make_engine
+    from .loop import load_weights
+
+    asked, found = read_run(out), False
+    for seed in asked["seeds"]:
+        for arm, settings in asked["arms"].items():
+            folder = out / arm / f"seed-{seed}" / "checkpoints"
+            state, complaints = checkpoint.load(folder)
+            for complaint in complaints:
+                console.print(complaint)
+            if state is None:
+                continue
+            found = True
+            config = replace(TrainConfig(**settings), seed=seed)
+            task = make_task(config.task, config.task_options)
+            policy = load_weights(config, task, state)
+            engine = make_engine(policy, config)
+            accuracy = Evaluator(task, policy, config, Ranks.alone()).accuracy(policy, engine)
+            console.print(
+                f"{arm}, seed {seed}: accuracy {accuracy:.4f} on {config.eval_prompts} held-out "
+                f"examples, after {state['progress']['updates_applied']} updates"
+            )
+            examples = task.sample(max(show, 1), "held-out", held_out=True)[:show]
+            for played in play(engine, policy.tokenizer, task, examples, config, "shown"):
+                for part in shown(played, policy.tokenizer):
+                    console.print(f"    {part.strip()}", markup=False, highlight=False)
+                console.print(f"    (reward {played.reward:.2f})\n", highlight=False)
+    if not found:
+        raise ConfigError(f"out: expected a run with checkpoints, got {str(out)!r}")
+
+
+def shown(transcript: Transcript, tokenizer: Tokenizer) -> list[str]:
+    """An episode to be read: the prompt, then what policy and environment wrote in turn."""
+    parts, written = [transcript.prompt], zip(transcript.mine, transcript.ids, strict=True)
+    for _, part in itertools.groupby(written, key=lambda pair: pair[0]):
+        parts.append([i for _, i in part])
+    return [tokenizer.show(part) for part in parts]

@@ -1,0 +1,72 @@
+"""What one update is measured by, over its micro-batches and all ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dgg_kernels.monitor import chi2, chi2_lower_bound, score_squared
+
+from .config import TrainConfig
+from .distributed import Ranks
+from .loss import Loss
+from .model import Evaluated
+
+MEANS = ("kl", "kl_ref", "entropy", "clip_ratio")  # per token
+
+
+class Watch:
+    """Collects from every micro-batch; `means` and `chi2` are collectives."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, tokens: Tensor) -> None:
+        self.config, self.ranks = config, ranks
+        self.tokens = tokens  # 0-dim: those that count, over all ranks
+        self.loss = torch.zeros((), device=tokens.device)
+        self.sums = dict.fromkeys(MEANS, torch.zeros((), device=tokens.device))
+        self.weights: list[Tensor] = []
+        self.score_sq: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, seen: Evaluated, loss: Loss, mask_BC: Tensor, advantage_B: Tensor) -> None:
+        """A micro-batch's part.
+
+        The χ² bound speaks of mean_i(w_i A_i ∇logp_i) over the N counted tokens, the loss's
+        gradient is Σ share_i w_i A_i ∇logp_i: so N · share_i · A_i takes the place of A_i, which is
+        A_i itself with `dapo`.
+        """
+        out = seen.out
+        self.loss = self.loss + loss.loss.detach()
+        here = {"kl": loss.kl, "kl_ref": loss.kl_ref, "clip_ratio": loss.clip_ratio}
+        count = mask_BC.sum()
+        sums = {name: value * count for name, value in here.items() if value is not None}
+        sums["entropy"] = (out.entropy * mask_BC).sum()
+        self.sums = {name: self.sums[name] + sums.get(name, 0.0) for name in MEANS}
+        self.weights.append(loss.weight_BC[mask_BC])
+        scaled_BC = self.tokens * loss.share_BC * advantage_B[:, None]
+        self.score_sq.append(
+            score_squared(
+                scaled_BC[mask_BC], out.logp[mask_BC], out.sum_p2[mask_BC],
+                seen.hidden_BCD[mask_BC], self.config.temperature,
+            )
+        )  # fmt: skip
+
+    def means(self) -> dict[str, Tensor]:
+        """The loss, and per-token means, 0-dim each."""
+        found = {
+            name: self.ranks.total(s) / self.tokens.clamp_min(1) for name, s in self.sums.items()
+        }
+        if self.config.beta == 0:
+            del found["kl_ref"]
+        return found | {"loss": self.ranks.total(self.loss)}
+
+    def chi2(self, energy: Tensor | None) -> dict[str, Tensor]:
+        """The batch's Pearson χ², and its lower bound from the head gradient's norm, 0-dim each.
+
+        A KL term adds a gradient of its own: then there is no bound.
+        """
+        weights = self.ranks.gather(torch.cat(self.weights))
+        found = {"gate/chi2": chi2(weights)}
+        if energy is not None and self.config.beta == 0:
+            score_sq = self.ranks.gather(torch.cat(self.score_sq))
+            found["gate/chi2_lower_bound"] = chi2_lower_bound(energy, weights, score_sq)
+        return found

