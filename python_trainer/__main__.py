@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from .config import CheckpointError, ConfigError, TaskError, TrainConfig
+from .config import CheckpointError, ConfigError, EngineError, TaskError, TrainConfig
 
 DESCRIPTION = "A thin GRPO trainer with gated re-use of rollout batches."
 EXAMPLES = """\
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (TaskError, CheckpointError) as error:
+    except (TaskError, EngineError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:

