@@ -6,10 +6,13 @@ STAMP  := $(VENV)/.installed
 # Two workers of one thread each: threads of torch would get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 CSRC   := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+# Of the GPU machines, and what the benchmarks compare with.
+PYTHON312 ?= python3.12
+PEERS     := $(VENV)/peers
 # What needs a new build when it changes; Python is installed editable.
 BUILD  := setup.py pyproject.toml constraints.txt $(CSRC)
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format peers rehearse clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -39,6 +42,15 @@ lint: install  ## ruff, clang-format and pyright
 format: install  ## ruff and clang-format, in place
 	$(RUN) -m ruff check --fix . ; $(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CSRC)
+
+peers: $(PEERS)/.installed  ## what the benchmarks compare with, pinned, apart from .venv's packages
+	@echo 'now: PYTHONPATH=$(PEERS) OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench_lm_head'
+$(PEERS)/.installed: benchmarks/peers.txt | $(STAMP)
+	$(RUN) -m pip install -q --no-deps --upgrade --target $(PEERS) -r benchmarks/peers.txt
+	@touch $@
+
+rehearse:  ## the tests' core on the GPU machines' Python, torch and triton, without a GPU
+	benchmarks/rehearse.sh $(PYTHON312) build/rehearsal
 
 clean:  ## what a build made (keeps .venv and runs)
 	rm -rf build dist *.egg-info dgg_kernels/*.so

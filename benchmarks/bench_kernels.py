@@ -1,21 +1,23 @@
-"""Where a GPU's time goes in the lm_head: ceilings first, then every kernel, then other tiles.
+"""Where the time goes in the lm_head: ceilings first, then every kernel, then other tiles.
 
-    python -m benchmarks.bench_kernels                 # N=8192, D=4096, V=131072, bf16
+    python -m benchmarks.bench_kernels                 # a GPU, N=8192, D=4096, V=131072, bf16
     python -m benchmarks.bench_kernels --tune          # also times configs.CANDIDATES
+    python -m benchmarks.bench_kernels --device cpu --rows 512 --features 576 --vocabulary 49152
 
-Ceilings are a device-to-device copy (bytes read plus written) and the bare product
-`hidden @ weight.T` of the same shape. Times are medians of CUDA events.
+Ceilings are a copy on the device (bytes read plus written) and the bare product
+`hidden @ weight.T` of the same shape. Times are medians, on a GPU of CUDA events.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -32,52 +34,143 @@ def milliseconds(run: Callable[[], Any], rounds: int = 10) -> float:
     """Median over the rounds, after two that warm up."""
     times = []
     for round_ in range(rounds + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
+        if torch.cuda.is_available():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            elapsed = begin.elapsed_time(end)
+        else:
+            began = time.perf_counter()
+            run()
+            elapsed = 1e3 * (time.perf_counter() - began)
         if round_ >= 2:
-            times.append(begin.elapsed_time(end))
+            times.append(elapsed)
     return common.summary(times)["median"]
 
 
 def ceilings(rows: Rows) -> dict[str, float]:
     """What this machine can do at most: copy in bytes/s, and the bare product in FLOP/s."""
-    source = torch.randn(2**29, device="cuda").to(torch.bfloat16)
+    device = rows.hidden.device
+    source = torch.ones(2**30 if device.type == "cuda" else 2**28, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     copy = milliseconds(lambda: target.copy_(source))
     N, D = rows.hidden.shape
     V = rows.weight.shape[0]
     product = milliseconds(lambda: rows.hidden @ rows.weight.T)
     return {
-        "copy_bytes_per_s": 2 * source.numel() * 2 / copy * 1e3,
+        "copy_bytes_per_s": 2 * source.numel() / copy * 1e3,
         "bare_product_ms": product,
         "bare_product_flop_per_s": 2 * N * D * V / product * 1e3,
     }
 
 
+class Work(NamedTuple):
+    """What a kernel must do in one step, by count."""
+
+    pattern: str  # of its names in a profile
+    flops: float
+    bytes: float
+    eight_bits: bool = False  # tensor cores do twice as much then
+
+
+def work(record: dict[str, Any], step: str) -> dict[str, Work]:
+    """Label -> work, of the kernels (on a CPU: ops) that take most of a step's time.
+
+    Bytes are those of a kernel's operands, each once, and of gathered rows each time: the gathers'
+    rows lie partly in the L2 cache, so their rate may exceed that of a copy.
+    """
+    N, D, V = (record["shape"][name] for name in "NDV")
+    # A record from before the count was taken has that of the screen's refined entries.
+    kept = record.get("kept_per_row") or record["accuracy"]["int8"]["refined_per_row"]
+    size = 2 if record["dtype"] == "bfloat16" else 4
+    product, gathered, bits = 2 * N * V * D, N * kept * D * size, N * V / 8
+    operands = (N + V) * D * size
+    passes = 1 if "with lse_ref" in step or step == "forward alone" else 2
+    sparse = {
+        "row: logits and dX": Work("^row_kernel", 2 * 2 * N * kept * D, gathered + N * D * size),
+        "dW": Work("^owner_kernel", 2 * N * kept * D, gathered + V * D * size),
+        "backward": Work("^dgg::lm_head_backward", 4 * N * kept * D, 2 * gathered + operands),
+    }
+    if step == "forward alone":
+        return {
+            "scan": Work("^scan_kernel", product, operands),
+            "forward": Work("^dgg::lm_head_forward", product, operands),
+        }
+    if step == "grad_eps=0":
+        return {
+            "scan": Work("^scan_kernel", product, operands),
+            "dlogits": Work("^dlogits_kernel", product, operands + N * V * size),
+            "products": Work("nvjet|gemm|cutlass", 2 * product, 2 * (operands + N * V * size)),
+            "forward": Work("^dgg::lm_head_forward", product, operands),
+            "backward": Work("^dgg::lm_head_backward", 3 * product, 2 * operands),
+        }
+    if step.startswith("screen"):
+        codes = (N + V) * D + bits
+        return {
+            "screen": Work("^screen_kernel", passes * product, passes * codes, eight_bits=True),
+            "refine": Work("^refine_kernel", 2 * 2 * N * kept * D, gathered + N * kept * D),
+            **sparse,
+        }
+    return {
+        "scan": Work("^scan_kernel", passes * product, passes * operands + bits),
+        "forward": Work("^dgg::lm_head_forward", product, operands),
+        **sparse,
+    }
+
+
+def achieved(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of every counted kernel in every step: time, rates, and its share of the roofline.
+
+    The roofline's time is the longer one of FLOPs at the bare product's rate (twice that in 8 bits)
+    and bytes at the copy's.
+    """
+    ceiling = record["ceilings"]
+    found = []
+    for step, profiled in record["kernels"].items():
+        for label, of in work(record, step).items():
+            times = [k["ms"] for name, k in profiled.items() if re.search(of.pattern, name)]
+            if not times:
+                continue
+            seconds = sum(times) / 1e3
+            flop_rate = ceiling["bare_product_flop_per_s"] * (2 if of.eight_bits else 1)
+            least = max(of.flops / flop_rate, of.bytes / ceiling["copy_bytes_per_s"])
+            found.append({
+                "step": step,
+                "kernel": label,
+                "ms": 1e3 * seconds,
+                "flop_per_s": of.flops / seconds,
+                "bytes_per_s": of.bytes / seconds,
+                "flop_per_byte": of.flops / of.bytes,
+                "share_of_roofline": least / seconds,
+            })  # fmt: skip
+    return found
+
+
 def steps(rows: Rows, c: torch.Tensor) -> dict[str, Callable[[], None]]:
     """Forward and backward as they are used: with and without a reference, exact, forward only."""
-    leaves = [t.requires_grad_() for t in (rows.hidden.detach(), rows.weight.detach())]
+    hidden, weight = (t.detach().requires_grad_() for t in (rows.hidden, rows.weight))
 
     def step(**options: Any) -> None:
-        leaves[0].grad = leaves[1].grad = None
-        (linear_logprob(*leaves, rows.target, **options).logp * c).sum().backward()
+        hidden.grad = weight.grad = None
+        (linear_logprob(hidden, weight, rows.target, **options).logp * c).sum().backward()
 
     def forward() -> None:
         with torch.no_grad():
-            linear_logprob(*leaves, rows.target)
+            linear_logprob(hidden, weight, rows.target)
 
-    return {
+    found: dict[str, Callable[[], None]] = {
         "forward alone": forward,
         "with lse_ref": lambda: step(lse_ref=rows.lse),
         "without lse_ref": step,
         "grad_eps=0": lambda: step(grad_eps=0.0),
         "screen int8, with lse_ref": lambda: step(screen="int8", lse_ref=rows.lse),
         "screen int8": lambda: step(screen="int8"),
-        "screen fp8, with lse_ref": lambda: step(screen="fp8", lse_ref=rows.lse),
     }
+    if rows.hidden.is_cuda:
+        found["screen fp8, with lse_ref"] = lambda: step(screen="fp8", lse_ref=rows.lse)
+    return found
 
 
 def accuracy(rows: Rows) -> dict[str, dict[str, float]]:
@@ -90,8 +183,9 @@ def accuracy(rows: Rows) -> dict[str, dict[str, float]]:
         exact.append(z.gather(1, y[:, None])[:, 0] - z.logsumexp(1))
     del weight
     found = {}
-    variants: dict[str, dict[str, Any]] = {"none": {}, "int8": {"screen": "int8"},
-                                           "fp8": {"screen": "fp8"}}  # fmt: skip
+    variants: dict[str, dict[str, Any]] = {"none": {}, "int8": {"screen": "int8"}}
+    if rows.hidden.is_cuda:
+        variants["fp8"] = {"screen": "fp8"}
     for name, options in variants.items():
         with torch.no_grad():
             out = linear_logprob(*leaves, rows.target, lse_ref=rows.lse, **options)
@@ -129,21 +223,19 @@ def replay_milliseconds(run: Callable[[], None]) -> float:
 
 
 def kernels(run: Callable[[], None], rounds: int = 3) -> dict[str, dict[str, float]]:
-    """Milliseconds and launches of every kernel in one run, longest first."""
+    """Milliseconds and launches of every kernel (on a CPU: op) in one run, longest first."""
+    on_gpu = torch.cuda.is_available()
     run()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as events:
         for _ in range(rounds):
             run()
-        torch.cuda.synchronize()
-    found = {
-        event.key: {
-            "ms": event.self_device_time_total / 1e3 / rounds,
-            "launches": event.count / rounds,
-        }
-        for event in profiler.key_averages()
-        if event.self_device_time_total > 0
-    }
+        common.synchronize(torch.device("cuda" if on_gpu else "cpu"))
+    found = {}
+    for event in events.key_averages():
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if microseconds > 0:
+            milliseconds = microseconds / 1e3 / rounds
+            found[event.key] = {"ms": milliseconds, "launches": event.count / rounds}
     return dict(sorted(found.items(), key=lambda item: -item[1]["ms"]))
 
 
@@ -200,25 +292,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--rows", type=int, default=8192, help="N")
     parser.add_argument("--features", type=int, default=4096, help="D")
     parser.add_argument("--vocabulary", type=int, default=131072, help="V")
     parser.add_argument("--temperature", type=float, default=0.6)
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tune", action="store_true", help="on a GPU")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench_kernels needs a GPU")
+    on_gpu = args.device == "cuda"
+    if on_gpu != torch.cuda.is_available():
+        sys.exit(f"--device {args.device}: CUDA is {'not ' * on_gpu}there")
     console = Console(width=None if sys.stdout.isatty() else 140)
-    device = torch.device("cuda")
-    rows = real_rows(args.rows, args.temperature, device=device, dtype=torch.bfloat16,
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    rows = real_rows(args.rows, args.temperature, device=device, dtype=dtype,
                      D=args.features, V=args.vocabulary)  # fmt: skip
     c = torch.randn(args.rows, device=device)
     record: dict[str, Any] = {
         "benchmark": "kernels",
         "shape": {"N": args.rows, "D": args.features, "V": args.vocabulary},
-        "dtype": "bfloat16",
+        "dtype": str(dtype).removeprefix("torch."),
         "entropy": rows.entropy,
+        "kept_per_row": rows.kept,
         "stamp": common.stamp(device),
         "ceilings": ceilings(rows),
     }
@@ -229,18 +325,28 @@ def main() -> None:
         console.print(name, {key: f"{value:.2e}" for key, value in of.items()})
     record["steps"], record["replayed"], record["kernels"] = {}, {}, {}
     for name, run in steps(rows, c).items():
-        time.sleep(1.0)  # a hot GPU lowers its clocks
-        record["steps"][name] = milliseconds(run)
-        time.sleep(0.5)
-        record["replayed"][name] = replay_milliseconds(run)
+        time.sleep(1.0 if on_gpu else 0.0)  # a hot GPU lowers its clocks
+        record["steps"][name] = milliseconds(run, 10 if on_gpu else 3)
+        times = f"{record['steps'][name]:.2f} ms"
+        if on_gpu:
+            time.sleep(0.5)
+            record["replayed"][name] = replay_milliseconds(run)
+            times += f", {record['replayed'][name]:.2f} in a graph"
         record["kernels"][name] = kernels(run)
-        times = f"{record['steps'][name]:.2f} ms, {record['replayed'][name]:.2f} in a graph"
         table = Table(title=f"{name}: {times}")
         for column in ("kernel", "ms", "launches"):
             table.add_column(column, justify="right" if column != "kernel" else "left")
         for kernel, of in list(record["kernels"][name].items())[:12]:
             table.add_row(kernel[:90], f"{of['ms']:.3f}", f"{of['launches']:.0f}")
         console.print(table)
+    record["achieved"] = achieved(record)
+    table = Table("step", "kernel", "ms", "TFLOP/s", "GB/s", "of the roofline")
+    for a in record["achieved"]:
+        table.add_row(
+            a["step"], a["kernel"], f"{a['ms']:.3f}", f"{a['flop_per_s'] / 1e12:.2f}",
+            f"{a['bytes_per_s'] / 1e9:.0f}", f"{a['share_of_roofline']:.0%}",
+        )  # fmt: skip
+    console.print(table)
     if args.tune:
         record["tune"] = tune(rows, c, console.print)
     if args.save:

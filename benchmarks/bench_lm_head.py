@@ -1,21 +1,25 @@
 """Forward and backward of a language-model head, beside its peers, in one run.
 
     python -m benchmarks.bench_lm_head                       # the CPU, one thread, all peers
-    python -m benchmarks.bench_lm_head --threads 2 --entropy 0.46 --peers ours "torch eager"
+    python -m benchmarks.bench_lm_head --threads 2 --rows 512 2048 --peers ours "torch eager"
+    python -m benchmarks.bench_lm_head --device cuda --dtype bfloat16 --model qwen2.5-7b gemma-2-9b
 
 Rows are hidden states of SmolLM2-135M on text it sampled itself (benchmarks/rows.py). Every variant
 runs once per round, in turn; medians and p20/p80 over the rounds; ratios are medians of the ratios
 to the bare product `hidden @ weight.T` of the same round. Speed is refused when the check is red.
+Options that take several values are measured in every combination, each with a record of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,14 +28,60 @@ from rich.table import Table
 from torch import Tensor
 
 from . import common, peers
-from .rows import real_rows
+from .rows import ENTROPIES, GRAD_EPS, HEADS, Head, Rows, dense_rows, real_rows
 
 BARE = "bare product"
+DENSE = "dense"
 # Error of our own results against fp64 that is let pass: exact, and with the random tail.
 ALLOWED = {torch.float32: (1e-4, 5e-3), torch.bfloat16: (5e-3, 8e-3)}
+# Beyond this a peer computes something else: its speed says nothing.
+ALLOWED_OF_A_PEER = 0.2
 
 
-def variant(peer: peers.Peer, rows: Any, c: Tensor) -> Callable[[], common.Phases]:
+class Setting(NamedTuple):
+    """What one table is measured on."""
+
+    head: Head
+    rows: int  # N
+    entropy: str | None  # one of ENTROPIES, or DENSE; None: by temperature
+    temperature: float
+    zero_rows: float  # share of rows with c = 0
+
+
+def temperature(of: Setting) -> float | None:
+    """That of the rows; None if they are random."""
+    if of.entropy == DENSE:
+        return None
+    return ENTROPIES[of.entropy] if of.entropy else of.temperature
+
+
+def make_rows(of: Setting, device: torch.device, dtype: torch.dtype) -> Rows:
+    """The inputs of a setting."""
+    D, V, softcap = of.head
+    heat = temperature(of)
+    if heat is None:
+        return dense_rows(of.rows, D, V, device=device, dtype=dtype, softcap=softcap)
+    return real_rows(of.rows, heat, device=device, dtype=dtype, D=D, V=V, softcap=softcap)
+
+
+def allowed(name: str, of: Setting, rows: Rows, grad_eps: float = GRAD_EPS) -> float:
+    """The largest relative error of a gradient with which a variant's speed is reported.
+
+    ALLOWED knows the default grad_eps on real rows. Elsewhere the random tail's error may be up to
+    the root of its epsilon; and rows that keep more entries than a GPU has room for (256 a row or
+    more) are drawn at a larger one there, 4 / 256 at most.
+    """
+    if not name.startswith("ours"):
+        return ALLOWED_OF_A_PEER
+    exact, drawn = ALLOWED[rows.hidden.dtype]
+    if grad_eps == 0:
+        return exact
+    if of.entropy != DENSE and grad_eps == GRAD_EPS:
+        return drawn
+    return 2 * math.sqrt(max(grad_eps, 4 / 256) if rows.hidden.is_cuda else grad_eps)
+
+
+def variant(peer: peers.Peer, rows: Rows, c: Tensor) -> Callable[[], common.Phases]:
     """One forward and backward of sum(c logp), the gradients of hidden and weight included."""
     hidden, weight = (t.detach().requires_grad_() for t in (rows.hidden, rows.weight))
 
@@ -50,8 +100,8 @@ def variant(peer: peers.Peer, rows: Any, c: Tensor) -> Callable[[], common.Phase
     return run
 
 
-def errors(run: Any, peer: peers.Peer, rows: Any, exact: tuple[Tensor, ...]) -> dict[str, float]:
-    """Relative errors of log-prob and gradients; 1 where a gradient did not arrive."""
+def errors(run: Any, peer: peers.Peer, rows: Rows, exact: tuple[Tensor, ...]) -> dict[str, float]:
+    """Mean error of the log-probs, relative errors of the gradients and of their norm."""
     run(keep_gradients=True)
     hidden, weight = run.leaves
     with torch.no_grad():
@@ -65,34 +115,55 @@ def errors(run: Any, peer: peers.Peer, rows: Any, exact: tuple[Tensor, ...]) -> 
     }
 
 
-def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """One table: every chosen peer on one set of rows."""
-    device = torch.device(args.device)
-    torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    rows = real_rows(args.rows, args.temperature, device=device, dtype=dtype,
-                     D=args.features, V=args.vocabulary)  # fmt: skip
-    generator = torch.Generator().manual_seed(3)
-    c = torch.randn(args.rows, generator=generator)
-    c[torch.rand(args.rows, generator=generator) < args.zero_rows] = 0.0
-    c = c.to(device)
-    found, missing = peers.available(device.type)
+def variants(
+    args: argparse.Namespace, rows: Rows
+) -> tuple[dict[str, tuple[peers.Peer, float]], dict[str, str]]:
+    """Name -> function and its grad_eps, of what shall be measured; and why the others are not."""
+    device = rows.hidden.device.type
+    found, missing = peers.available(device, rows.softcap)
+    mine = partial(peers.ours, softcap=rows.softcap)
     # On a CPU the selection costs nothing beside the product: no reference is needed.
-    options = {"lse_ref": rows.lse} if device.type == "cuda" else {}
+    options = {"lse_ref": rows.lse} if device == "cuda" else {}
     base = "ours, with lse_ref" if options else "ours"
     if options:
-        found[base] = partial(peers.ours, **options)
-    for screen in ("int8", "fp8") if device.type == "cuda" else ("int8",):
-        found[f"{base}, screen {screen}"] = partial(peers.ours, **options, screen=screen)
-    if args.peers:
+        found[base] = partial(mine, **options)
+    for screen in ("int8", "fp8") if device == "cuda" else ("int8",):
+        found[f"{base}, screen {screen}"] = partial(mine, **options, screen=screen)
+    if args.peers is not None:
         found = {name: peer for name, peer in found.items() if name in args.peers}
+        missing = {name: why for name, why in missing.items() if name in args.peers}
+    grad_eps = {name: 0.0 if "grad_eps=0" in name else GRAD_EPS for name in found}
+    for exponent in args.grad_eps or ():
+        name = f"{base}, grad_eps=2^{exponent}"
+        grad_eps[name] = 2.0**exponent
+        found[name] = partial(mine, **options, grad_eps=grad_eps[name])
+    return {name: (peer, grad_eps[name]) for name, peer in found.items()}, missing
+
+
+def measure(args: argparse.Namespace, of: Setting, console: Console) -> dict[str, Any]:
+    """One table: every chosen peer on one set of rows.
+
+    Raises:
+        common.Refused: our own error against fp64 is too large.
+    """
+    device = torch.device(args.device)
+    torch.compiler.reset()  # or it would compile for shapes that change
+    dtype = getattr(torch, args.dtype)
+    rows = make_rows(of, device, dtype)
+    generator = torch.Generator().manual_seed(3)
+    c = torch.randn(of.rows, generator=generator)
+    c[torch.rand(of.rows, generator=generator) < of.zero_rows] = 0.0
+    c = c.to(device)
+    found, missing = variants(args, rows)
     record: dict[str, Any] = {
         "benchmark": "lm_head",
-        "shape": {"N": args.rows, "D": rows.hidden.shape[1], "V": rows.weight.shape[0]},
+        "shape": {"N": of.rows, "D": rows.hidden.shape[1], "V": rows.weight.shape[0]},
+        "softcap": rows.softcap,
         "dtype": args.dtype,
-        "temperature": args.temperature,
+        "temperature": temperature(of),
         "entropy": rows.entropy,
-        "zero_rows": args.zero_rows,
+        "kept_per_row": rows.kept,
+        "zero_rows": of.zero_rows,
         "rounds": args.rounds,
         "stamp": common.stamp(device, args.threads),
         "missing": missing,
@@ -100,31 +171,31 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("fp64 truth", total=None)
-        exact = common.exact_gradients(rows.hidden, rows.weight, rows.target, c)
+        exact = common.exact_gradients(rows.hidden, rows.weight, rows.target, c, rows.softcap)
         runs: dict[str, Callable[[], common.Phases]] = {
             BARE: lambda: common.timed(device, ("forward", lambda: rows.hidden @ rows.weight.T))
         }
-        for name, peer in list(found.items()):
+        for name, (peer, grad_eps) in found.items():
             progress.update(task, description=f"check {name}")
             run = variant(peer, rows, c)
             try:
                 checked = errors(run, peer, rows, exact)
             except Exception as error:  # a peer that fails is reported, not fatal
-                missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                missing[name] = peers.reason(error)
                 continue
             worst = max(checked["d_hidden"], checked["d_weight"])
-            allowed = ALLOWED[dtype][0 if "grad_eps=0" in name else 1]
-            if name.startswith("ours") and not worst <= allowed:
-                raise SystemExit(f"{name}: error {worst:.1e} against fp64: no speed is reported")
-            gc.collect()
+            if not worst <= allowed(name, of, rows, grad_eps):
+                missing[name] = f"error {worst:.1e} against fp64: no speed is reported"
+                if name.startswith("ours"):
+                    raise common.Refused(f"{name}: {missing[name]}")
+                continue
             for leaf in run.leaves:  # type: ignore[attr-defined]
                 leaf.grad = None
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
             memory = common.peak_extra_bytes(run, device)
             record["variants"][name] = {"errors": checked, "peak_extra_bytes": memory}
             runs[name] = run
         del exact
+        gc.collect()
         total = (args.rounds + 1) * len(runs)
         progress.reset(task, total=total)
         timings = common.interleave(
@@ -177,6 +248,20 @@ def show(record: dict[str, Any], console: Console) -> None:
         console.print(f"missing: {name} ({why})")
 
 
+def settings(args: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
+    """Every combination, with what tells it apart in the name of its record."""
+    heads = {}
+    for model in args.model:
+        D, V, softcap = HEADS[model]
+        heads[model] = Head(args.features or D, args.vocabulary or V, softcap)
+    axes = (args.model, args.rows, args.entropy or [None], args.zero_rows)
+    for model, rows, entropy, zero_rows in itertools.product(*axes):
+        parts = (f"_{model}", f"_n{rows}", f"_e{entropy}", f"_z{zero_rows}")
+        several = (part for part, axis in zip(parts, axes, strict=True) if len(axis) > 1)
+        setting = Setting(heads[model], rows, entropy, args.temperature, zero_rows)
+        yield "".join(several), setting
+
+
 def main() -> None:
     """Measure, show, record."""
     parser = argparse.ArgumentParser(
@@ -185,21 +270,36 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rows", type=int, default=2048, help="N")
-    parser.add_argument("--features", type=int, help="D, if larger than the model's 576")
-    parser.add_argument("--vocabulary", type=int, help="V, if other than the model's 49152")
-    parser.add_argument("--temperature", type=float, default=1.0,
-                        help="1.0, 0.6, 0.4: mean entropy 1.8, 0.8, 0.5 nats")  # fmt: skip
-    parser.add_argument("--zero-rows", type=float, default=0.0, help="share of rows with c = 0")
+    parser.add_argument("--model", nargs="+", default=["smollm2-135m"], choices=HEADS,
+                        help="whose head: D, V and softcap")  # fmt: skip
+    parser.add_argument("--features", type=int, help="D, in place of the model's")
+    parser.add_argument("--vocabulary", type=int, help="V, in place of the model's")
+    parser.add_argument("--rows", type=int, nargs="+", default=[2048], help="N")
+    parser.add_argument("--entropy", nargs="+", choices=(*ENTROPIES, DENSE),
+                        help="mean entropy of real rows in nats, or random rows")  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=1.0, help="in place of --entropy")
+    parser.add_argument("--zero-rows", type=float, nargs="+", default=[0.0],
+                        help="share of rows with c = 0")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"of: {', '.join(peers.PEERS)}")
+    parser.add_argument("--grad-eps", type=int, nargs="*", metavar="EXPONENT",
+                        help="also ours with grad_eps = 2^EXPONENT")  # fmt: skip
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    record = measure(args, console)
-    show(record, console)
-    if args.save:
-        console.print(f"written: {common.save(args.save, record)}")
+    refused = False
+    for name, setting in settings(args):
+        try:
+            record = measure(args, setting, console)
+        except common.Refused as error:
+            console.print(f"{name.removeprefix('_')} {error}".strip())
+            refused = True
+            continue
+        show(record, console)
+        if args.save:
+            console.print(f"written: {common.save(args.save + name, record)}")
+    sys.exit(refused)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Everything worth measuring on a machine with an NVIDIA GPU, in order of worth, within a budget.
 
     python -m benchmarks.gpu_suite --out out --minutes 9
-    python -m benchmarks.gpu_suite --out out --only tests kernels
-    python -m benchmarks.gpu_suite --out out --device cpu      # a rehearsal, small shapes
+    python -m benchmarks.gpu_suite --out out --only step models     # another ten minutes
+    python -m benchmarks.gpu_suite --out out --device cpu           # the same on small shapes
 
 Every stage is a process of its own with a time limit; its output is in OUT/<stage>.log, its records
 in OUT/*.json, and OUT/suite.json says how each stage ended, written anew after every stage. A stage
-that fails does not stop the next, except that no speed is measured when the tests are red.
+that fails does not stop the next, except that no speed is measured when the tests are red. Figures
+and tables are made from whatever was recorded (benchmarks/plot.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,21 +30,15 @@ from rich.console import Console
 from rich.table import Table
 
 from . import common
+from .rows import HEADS
 
 ROOT = Path(__file__).parents[1]
-LARGE = ("--rows", "8192", "--features", "4096", "--vocabulary", "131072")
+MODELS = tuple(name for name in HEADS if name != "smollm2-135m")
 # The fastest of each kind, for the shapes beside the first.
 CHOSEN = ("--peers", "ours", "ours, with lse_ref", "ours, with lse_ref, screen int8",
           "ours, with lse_ref, screen fp8", "ours, grad_eps=0", "torch.compile",
           "Liger scaled cross-entropy", "Cut Cross-Entropy")  # fmt: skip
-# (D, V) of heads that people train, beside the largest above.
-MODELS = {
-    "qwen2.5-1.5b": (1536, 151936),
-    "qwen2.5-7b": (3584, 152064),
-    "qwen3-4b": (2560, 151936),
-    "llama-3.1-8b": (4096, 128256),
-    "gemma-2-9b": (3584, 256000),
-}
+CHOSEN_CPU = ("--peers", "ours", "ours, screen int8", "torch eager")
 
 
 @dataclass(frozen=True)
@@ -59,51 +55,59 @@ def python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
 
-def head(name: str, *arguments: str) -> list[str]:
-    return python("benchmarks.bench_lm_head", *arguments, "--save", f"lm_head_{name}")
+def stages(device: str) -> list[Stage]:
+    """In order of worth: a short lease gets the first ones. A CPU gets the same on small shapes."""
+    gpu = device == "cuda"
+    on = ("--device", device)
+    dtype = ("--dtype", "bfloat16") if gpu else ()
+    size = ("--features", "4096", "--vocabulary", "131072") if gpu else ()
+    rows = ("--rows", "8192") if gpu else ("--rows", "128")
+    rounds = ("--rounds", "5") if gpu else ("--rounds", "1")
+    policy = ("--temperature", "0.6")
 
+    def head(name: str, minutes: float, *arguments: str, record: str = "lm_head_gpu") -> Stage:
+        command = python("benchmarks.bench_lm_head", *on, *dtype, *rounds, *arguments)
+        return Stage(name, [*command, "--save", record], minutes)
 
-def gpu_stages() -> list[Stage]:
-    """In order of worth: a short lease gets the first ones."""
-    bf16 = ("--device", "cuda", "--dtype", "bfloat16", "--rounds", "5")
-    chosen = (*bf16, *CHOSEN)
-    stages = [
+    chosen = CHOSEN if gpu else CHOSEN_CPU
+    # What real models would need does not fit a rehearsal; their softcaps do.
+    models = ("--model", *MODELS, *(() if gpu else ("--features", "640", "--vocabulary", "50000")))
+    others = ("4096", "32768") if gpu else ("64", "256")
+    small = ("--features", "576", "--vocabulary", "49152")
+    kernels = (*on, *rows, *(size or small))
+    tests = ("tests/gpu", "tests/test_triton_kernels.py") if gpu else ("tests/test_lm_head.py",)
+    found = [
         Stage("info", python("dgg_kernels.info"), 0.5, measures=False),
-        Stage("tests", [*pytest(6), "tests/gpu", "tests/test_triton_kernels.py"], 3, False),
-        Stage("kernels", python("benchmarks.bench_kernels", "--save", "kernels_gpu"), 2),
-        Stage("head", head("gpu", *bf16, *LARGE, "--temperature", "0.6"), 3),
-        Stage("gate", python("benchmarks.bench_gate", *bf16[:4], *LARGE, "--save", "gate_gpu"), 1),
-    ]
-    for temperature in ("1.0", "0.4"):
-        options = (*chosen, *LARGE, "--temperature", temperature)
-        stages.append(Stage(f"head-T{temperature}", head(f"gpu_T{temperature}", *options), 2))
-    zero = (*chosen, *LARGE, "--zero-rows", "0.5", "--temperature", "0.6")
-    stages.append(Stage("head-zero-rows", head("gpu_zero_rows", *zero), 2))
-    if sanitizer := shutil.which("compute-sanitizer"):
+        Stage("tests", [*pytest(6 if gpu else 0), *tests], 3, measures=False),
+        Stage("kernels", python("benchmarks.bench_kernels", *kernels, "--save", "kernels_gpu"), 2),
+        head("head", 2.5, *size, *rows, *policy),  # a peer's JIT takes a minute
+        Stage("gate", python("benchmarks.bench_gate", *on, *dtype, *size, *rows,
+                             *(() if gpu else ("--rounds", "2")), "--save", "gate_gpu"), 1),
+        Stage("step", python("benchmarks.bench_step", *on, *rounds, "--model",
+                             "qwen2.5-1.5b" if gpu else "tiny", "--save", "step_gpu"), 3),
+        head("rows", 2.5, *size, "--rows", *others, *policy, *chosen),
+        head("models", 4, *models, *rows, "--entropy", "0.8", *chosen, record="lm_head_models"),
+        head("entropies", 3, *size, *rows, "--entropy", "1.7", "0.3", "dense", *chosen),
+        head("zero-rows", 1.5, *size, *rows, *policy, "--zero-rows", "0.5", *chosen,
+             record="lm_head_zero_rows"),
+        head("errors", 1.5, *size, *rows, *policy, "--peers", "ours, grad_eps=0",
+             "--grad-eps", "-6", "-8", "-10", "-12", "-14", record="lm_head_errors"),
+    ]  # fmt: skip
+    if not gpu:
+        compiled = [*pytest(2), "tests/test_triton_compile.py", "-k", "sm_90"]
+        found.append(Stage("compile", compiled, 4, measures=False))
+    elif sanitizer := shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
             which = "small or decides or partial or graph" if tool == "memcheck" else "partial"
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest(0), "-k", which]
-            stages.append(Stage(tool, [*command, "tests/gpu"], 2, measures=False))
-    for rows in ("4096", "32768"):
-        for model, (features, vocabulary) in MODELS.items():
-            shape = ("--rows", rows, "--features", str(features), "--vocabulary", str(vocabulary))
-            options = (*chosen, *shape, "--temperature", "0.6")
-            stages.append(Stage(f"{model}-{rows}", head(f"gpu_{model}_{rows}", *options), 2))
-    stages.append(
-        Stage("tune", python("benchmarks.bench_kernels", "--tune", "--save", "tune_gpu"), 3)
-    )
-    return stages
-
-
-def cpu_stages() -> list[Stage]:
-    """The same harness where there is no GPU, on small shapes."""
-    cpu = ("--device", "cpu", "--rows", "256", "--rounds", "2")
-    return [
-        Stage("info", python("dgg_kernels.info"), 0.5, measures=False),
-        Stage("tests", [*pytest(0), "tests/test_lm_head.py", "tests/test_gate.py"], 4, False),
-        Stage("head", head("rehearsal", *cpu), 3),
-        Stage("gate", python("benchmarks.bench_gate", "--rows", "256", "--rounds", "2"), 2),
-    ]
+            found.append(Stage(tool, [*command, "tests/gpu"], 2, measures=False))
+    some = others if gpu else others[:1]
+    found.append(head("models-rows", 8, *models, "--rows", *some, "--entropy", "0.8", *chosen,
+                      record="lm_head_models"))  # fmt: skip
+    if gpu:
+        tuned = python("benchmarks.bench_kernels", "--tune", "--save", "tune_gpu")
+        found.append(Stage("tune", tuned, 3))
+    return found
 
 
 def pytest(processes: int) -> list[str]:
@@ -116,13 +120,19 @@ def run(stage: Stage, out: Path, seconds: float) -> str:
     """Run it; "ok", or how it failed."""
     with (out / f"{stage.name}.log").open("w") as log:
         try:
-            done = subprocess.run(
-                stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds,
-                env={**os.environ, "DGG_RESULTS": str(out)},
+            process = subprocess.Popen(
+                stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                env={**os.environ, "DGG_RESULTS": str(out)}, start_new_session=True,
             )  # fmt: skip
+        except OSError as error:
+            return f"did not start: {error}"
+        try:
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and its children: they may hold the GPU
+            process.wait()
             return f"stopped after {seconds:.0f} s"
-    return "ok" if done.returncode == 0 else f"exit {done.returncode}"
+    return "ok" if code == 0 else f"exit {code}"
 
 
 def main() -> None:
@@ -140,27 +150,39 @@ def main() -> None:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    stages = gpu_stages() if args.device == "cuda" else cpu_stages()
-    if unknown := set(args.only or ()) - {stage.name for stage in stages}:
-        sys.exit(f"--only: unknown {sorted(unknown)}; of {[stage.name for stage in stages]}")
+    planned = stages(args.device)
+    if unknown := set(args.only or ()) - {stage.name for stage in planned}:
+        sys.exit(f"--only: unknown {sorted(unknown)}; of {[stage.name for stage in planned]}")
     record = {"stamp": common.stamp(torch.device(args.device)), "stages": {}}
     ended = time.monotonic() + 60 * args.minutes
     red = False
-    for stage in stages:
+
+    def carry_out(stage: Stage, seconds: float) -> str:
+        console.print(f"[bold]{stage.name}[/bold]: {' '.join(stage.command)}")
+        began = time.monotonic()
+        result = run(stage, out, seconds)
+        said = (out / f"{stage.name}.log").read_text(errors="replace")
+        console.print(said[-6000:], markup=False)
+        note(stage, result, time.monotonic() - began)
+        return result
+
+    def note(stage: Stage, result: str, seconds: float) -> None:
+        record["stages"][stage.name] = {"result": result, "seconds": seconds}
+        (out / "suite.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    for stage in planned:
         if args.only and stage.name not in args.only:
             continue
-        began, left = time.monotonic(), ended - time.monotonic()
+        left = ended - time.monotonic()
         if red and stage.measures:
-            result = "skipped: tests are red"
+            note(stage, "skipped: tests are red", 0.0)
         elif left < 10:
-            result = "skipped: no time left"
+            note(stage, "skipped: no time left", 0.0)
         else:
-            console.print(f"[bold]{stage.name}[/bold]: {' '.join(map(str, stage.command))}")
-            result = run(stage, out, min(left, 60 * stage.minutes))
-            console.print((out / f"{stage.name}.log").read_text()[-6000:], markup=False)
-        red |= stage.name == "tests" and result != "ok"
-        record["stages"][stage.name] = {"result": result, "seconds": time.monotonic() - began}
-        (out / "suite.json").write_text(json.dumps(record, indent=1) + "\n")
+            result = carry_out(stage, min(left, 60 * stage.minutes))
+            red |= stage.name == "tests" and result != "ok"
+    plot = python("benchmarks.plot", "--results", str(out))
+    carry_out(Stage("plot", plot, 1), 60)
     table = Table("stage", "result", "seconds")
     for name, stage in record["stages"].items():
         table.add_row(name, stage["result"], f"{stage['seconds']:.0f}")

