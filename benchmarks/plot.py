@@ -10,6 +10,7 @@ Records whose names differ in one part only (`_n512`, `_e0.8` or `_T0.4`, a mode
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import re
 from collections import defaultdict
@@ -366,6 +367,26 @@ def active_set() -> Figure:
     return figure
 
 
+def task_curves(folder: Path) -> Figure | None:
+    """Reward and held-out accuracy of the trainer's task families, a panel each."""
+    logs = {path.name.split(".")[0]: path for path in sorted(folder.glob("*.metrics.jsonl.gz"))}
+    if not logs:
+        return None
+    figure = Figure(figsize=(3.7 * len(logs), 3.2), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(logs), squeeze=False)[0]
+    for ax, (name, path) in zip(panels, logs.items(), strict=True):
+        with gzip.open(path, "rt") as file:
+            rows = [json.loads(line) for line in file]
+        drawn = {row["rollouts"]: row["reward"] for row in rows if row["type"] == "update"}
+        held = {row["rollouts"]: row["accuracy"] for row in rows if row["type"] == "eval"}
+        ax.plot(list(drawn), list(drawn.values()), ".", color=GREY, markersize=4)
+        ax.plot(list(held), list(held.values()), color=BLUE, linewidth=1.8)
+        ax.set(title=name, xlabel="rollout batches", ylim=(0, 1))
+    panels[0].set_ylabel("blue: held-out accuracy\ngrey: mean reward of a batch")
+    plain(*panels)
+    return figure
+
+
 def figures(records: dict[str, Record]) -> Iterator[tuple[str, Figure]]:
     """Name and figure of everything that these records allow."""
     records = {name: r for name, r in records.items() if not SUPERSEDED.search(name)}
@@ -409,6 +430,8 @@ def main() -> None:
     images.mkdir(parents=True, exist_ok=True)
     records = read(args.results)
     drawn = dict(figures(records))
+    if (curves := task_curves(args.results / "tasks")) is not None:
+        drawn["tasks"] = curves
     if args.active_set:
         drawn["active_set"] = active_set()
     for name, figure in drawn.items():

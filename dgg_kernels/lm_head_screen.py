@@ -344,7 +344,8 @@ def screen_vocabulary(
         noise_sq += codes.norm_sq * typical(weight.residual_sq)
         sigma = noise_sq.div(D).sqrt() / head.temperature
         ref = rough_lse(head, weight, codes, count, rows) if reference is None else reference[rows]
-        threshold = ref + (log_eps - MARGIN * sigma)
+        fp8 = weight.codes.dtype == torch.float8_e4m3fn
+        threshold = ref + (log_eps - MARGIN * sigma - (FP8_SUMS if fp8 else 0.0))
         bits = torch.empty(M, triton.cdiv(V, 32), dtype=torch.int32, device=device)
         stats = screened_scan(head, weight, codes, count, rows, threshold, bits)
         keep_targets(bits, head.target[rows])
@@ -353,7 +354,7 @@ def screen_vocabulary(
         far_lse = threshold + total.log()
         share = tail[0] / total
         bound = BOUND * sigma * (share / total).sqrt()
-        if weight.codes.dtype == torch.float8_e4m3fn:
+        if fp8:
             bound += FP8_SUMS * share
         suits = (bound <= LIMIT) & (sigma <= NOISE_LIMIT) & ((far_lse - ref).abs() <= REFERENCE_OFF)
         suits &= count_bits(head, bits, count) <= entries.slots
