@@ -212,7 +212,7 @@ def check_model(config: TrainConfig) -> None:
 
     try:
         AutoConfig.from_pretrained(where)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a hub that cannot be reached raises what its HTTP library does
         raise ConfigError(
             f"model: expected embedded, smollm2 or a transformers model, got {config.model!r} "
             f"({' '.join(str(error).split())})"
