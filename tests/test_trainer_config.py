@@ -51,7 +51,6 @@ def test_random_arm_must_be_able_to_reach_its_mean():
 CLI_WRONG = [
     (["--task", "chess"], "config: expected a TOML file, got 'chess'"),
     (["--config", "math", "--task", "chess"], "task: expected one of math, alfworld, webshop, "),
-    (["--model", "no/such-model"], "model: expected embedded, smollm2 or a transformers model"),
     (["--parallel", "fsdp2"], "parallel: expected fsdp2 under torchrun"),
     (["--task-option", "dataset=chess"], "expected one of number_sorting, chain_sum"),
     (["--task-option", "min_numbers=0"], "min_numbers must be positive"),
