@@ -44,6 +44,11 @@ namespace dgg __attribute__((visibility("hidden"))) {
     return load(v);
   }
 
+  // Writes those of 16 values that are of a row of n, from `at` on.
+  DGG_INLINE void store_values(float* row, int64_t at, int64_t n, vf v) {
+    memcpy(row + at, &v, std::min<int64_t>(LANES, n - at) * sizeof(float));
+  }
+
   template <typename T>
   DGG_INLINE T from_float(float x) {
     return T(x);

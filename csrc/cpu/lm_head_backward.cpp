@@ -186,15 +186,8 @@ DGG_CLONES void dense_gradient(float* z, int64_t n, float c, float c_entropy, fl
                                float entropy, float temperature, float softcap) {
   const float ratio = softcap != 0 ? temperature / softcap : 0.0f;
   const vf lowest = splat(-1e4f);
-  float tail[LANES];
   for (int64_t j = 0; j < n; j += LANES) {
-    const int64_t width = std::min<int64_t>(LANES, n - j);
-    float* at = z + j;
-    if (width < LANES) {
-      memcpy(tail, at, width * sizeof(float));
-      at = tail;
-    }
-    const vf x = load(at);
+    const vf x = values(z, j, n);
     vf logp = x - lse;
     const vf p = exp(logp);
     logp = logp < lowest ? lowest : logp;
@@ -203,8 +196,7 @@ DGG_CLONES void dense_gradient(float* z, int64_t n, float c, float c_entropy, fl
       const vf r = x * ratio;
       g = g * (1.0f - r * r);
     }
-    store(at, g / temperature);
-    if (width < LANES) memcpy(z + j, tail, width * sizeof(float));
+    store_values(z, j, n, g / temperature);
   }
 }
 

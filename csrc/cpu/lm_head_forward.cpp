@@ -13,23 +13,11 @@ namespace dgg {
 DGG_CLONES void finish_logits(float* z, int64_t n, const float* bias, float temperature,
                               float softcap) {
   const float cap = softcap, inverse = softcap ? 1.0f / softcap : 0.0f;
-  float tail[LANES];
   for (int64_t j = 0; j < n; j += LANES) {
-    const int64_t width = std::min<int64_t>(LANES, n - j);
-    float* at = z + j;
-    if (width < LANES) {
-      memcpy(tail, at, width * sizeof(float));
-      at = tail;
-    }
-    vf x = load(at);
-    if (bias) {
-      float b[LANES] = {};
-      memcpy(b, bias + j, width * sizeof(float));
-      x = x + load(b);
-    }
+    vf x = values(z, j, n);
+    if (bias) x = x + values(bias, j, n);
     if (cap != 0) x = cap * tanh(x * inverse);
-    store(at, x / temperature);
-    if (width < LANES) memcpy(z + j, tail, width * sizeof(float));
+    store_values(z, j, n, x / temperature);
   }
 }
 
