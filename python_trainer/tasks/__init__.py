@@ -6,9 +6,10 @@ A task with a verifier and nothing else (mathematics) is an environment of one t
 from __future__ import annotations
 
 import importlib
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar
 
 from ..config import ConfigError
 
@@ -60,6 +61,30 @@ class Verified:
 
     def step(self, turn: str) -> None:
         self.reward = self.verify(turn)
+
+
+HELD_OUT_SHARE = 8  # one in so many is held out
+
+
+def is_held_out(identity: str) -> bool:
+    """Which pool an example belongs to, by a hash of what tells it from others."""
+    return zlib.crc32(identity.encode(errors="replace")) % HELD_OUT_SHARE == 0
+
+
+O = TypeVar("O")
+
+
+def options_of(kind: type[O], given: dict[str, Any]) -> O:
+    """A family's options, a dataclass, from those that were given.
+
+    Raises:
+        ConfigError: one is not known; or what the dataclass says of their values.
+    """
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"task_options: expected {', '.join(known)}, got {name!r}")
+    return kind(**given)
 
 
 FAMILIES = {

@@ -47,9 +47,8 @@ import json
 import random
 import re
 import sys
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -69,9 +68,8 @@ from textworld.envs.pddl.logic import GameLogic, PddlState
 from textworld.generator.game import EntityInfo
 
 from ..config import ConfigError, TaskError
-from . import Example
+from . import Example, is_held_out, options_of
 
-HELD_OUT_SHARE = 8  # one prompt in so many is held out
 MAX_TURN = 200  # characters; a longer turn is not understood
 LAMP = "DeskLamp"
 LAMP_STANDS = ("CoffeeTable", "Desk", "DiningTable", "Dresser", "SideTable")
@@ -151,7 +149,7 @@ class Game:
     def is_held_out(self) -> bool:
         """By a hash of what the prompt says, so that no prompt is ever in both pools."""
         types = re.findall(r"\(receptacletype \S+ (\S+)\)", self.problem.lower())
-        return zlib.crc32(f"{self.goal} {sorted(types)}".encode()) % HELD_OUT_SHARE == 0
+        return is_held_out(f"{self.goal} {sorted(types)}")
 
 
 @dataclass(frozen=True)
@@ -174,11 +172,7 @@ class AlfworldTask:
     exact = False  # many ways lead to the goal
 
     def __init__(self, options: dict[str, Any]) -> None:
-        known = [field.name for field in fields(Options)]
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"task_options: expected {', '.join(known)}, got {name!r}")
-        self.options = Options(**options)
+        self.options = options_of(Options, options)
         self.name = "alfworld"
         self.engine = engine()
         self.files: list[list[Path]] | None = None  # [held out]

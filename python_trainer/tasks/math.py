@@ -31,7 +31,6 @@ import functools
 import math
 import random
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -41,12 +40,9 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from ..config import ConfigError, TaskError
-from . import Example, Verified
+from . import HELD_OUT_SHARE, Example, Verified, is_held_out
 from .bounded import Bounded
-from .problems import Problems
-
-HELD_OUT_SHARE = 8  # one prompt in so many is held out
-LONGEST = 10_000  # characters of a completion, from its end, that are read
+from .problems import LONGEST, Problems
 
 UNUSABLE = {
     **dict.fromkeys(
@@ -172,11 +168,7 @@ class MathTask:
         makes twice cannot leak from one to the other.
         """
         draws = islice(self.source.draws(random.Random(seed)), 1000 * HELD_OUT_SHARE * n)
-        in_pool = (
-            example
-            for example in draws
-            if (zlib.crc32(example.prompt.encode()) % HELD_OUT_SHARE == 0) == held_out
-        )
+        in_pool = (example for example in draws if is_held_out(example.prompt) == held_out)
         examples = list(islice(in_pool, n))
         if len(examples) < n:
             pool = "held-out" if held_out else "training"

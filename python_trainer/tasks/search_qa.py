@@ -35,20 +35,18 @@ import random
 import re
 import reprlib
 import string
-import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bm25s
-import numpy as np
 
 from ..config import ConfigError, TaskError
-from . import Example
+from . import Example, is_held_out, options_of
+from .bm25 import BM25
 
-HELD_OUT_SHARE = 8  # one question in so many is held out
 MAX_TURN = 2000  # characters; a longer turn is not understood
 USAGE = "say search or answer."
 NOTHING = "nothing found."
@@ -154,13 +152,10 @@ class SearchQATask:
     exact = False  # many ways lead to the answer, and a part of it earns a part
 
     def __init__(self, options: dict[str, Any]) -> None:
-        known = [field.name for field in fields(Options)]
+        self.options = options_of(Options, options)
         for name in options:
-            if name not in known:
-                raise ConfigError(f"task_options: expected {', '.join(known)}, got {name!r}")
-            if options.get("data") is not None and name in GENERATED:
+            if self.options.data is not None and name in GENERATED:
                 raise ConfigError(f"task_options.{name}: expected none beside data, got one")
-        self.options = Options(**options)
         if self.options.data is None:
             self.name = "search_qa/kb"
             self.index, strata = generate(self.options)
@@ -170,7 +165,7 @@ class SearchQATask:
             self.index, strata = Index(passages), [examples]
         # [held out][hops]: a question belongs to a pool by a hash of its text.
         self.pools: list[list[list[Example]]] = [
-            [[e for e in stratum if _is_held_out(e.prompt) == held_out] for stratum in strata]
+            [[e for e in stratum if is_held_out(e.prompt) == held_out] for stratum in strata]
             for held_out in (False, True)
         ]
 
@@ -215,35 +210,24 @@ class SearchEpisode:
 
 
 class Index:
-    """BM25 over passages; equal scores keep the order of the corpus."""
+    """A search engine over passages."""
 
     def __init__(self, passages: list[str]) -> None:
         self.passages = passages
-        self.bm25 = bm25s.BM25()
         words = _words(passages)
         if not any(words):
             raise TaskError("task search_qa: expected passages with words to find, got none")
-        self.bm25.index(words, show_progress=False)
+        self.bm25 = BM25(words)
 
     def search(self, query: str, k: int) -> list[str]:
         """At most `k` passages that share a word with `query`, best first."""
-        ids = self.bm25.get_tokens_ids(_words([query])[0])
-        if not ids:
-            return []
-        scores = self.bm25.get_scores_from_ids(ids)
-        found = np.flatnonzero(scores > 0)
-        best = found[np.argsort(-scores[found], kind="stable")[:k]]
-        return [self.passages[i] for i in best]
+        return [self.passages[i] for i in self.bm25.best(_words([query])[0], k)]
 
 
 def _words(texts: list[str]) -> list[list[str]]:
     words = bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
     assert isinstance(words, list)  # because return_ids=False
     return words
-
-
-def _is_held_out(question: str) -> bool:
-    return zlib.crc32(question.encode(errors="replace")) % HELD_OUT_SHARE == 0
 
 
 # Scores, as in HotpotQA's hotpot_evaluate_v1.py (after SQuAD's).

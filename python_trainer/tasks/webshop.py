@@ -70,21 +70,18 @@ import re
 import reprlib
 import string
 import unicodedata
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import bm25s
-import numpy
 from bm25s.stopwords import STOPWORDS_EN
 from rapidfuzz import fuzz, utils
 
 from ..config import ConfigError, TaskError
-from . import Example
+from . import HELD_OUT_SHARE, Example, is_held_out, options_of
+from .bm25 import BM25
 
-HELD_OUT_SHARE = 8  # one goal in so many is held out
 FOUND = 50  # most products that a search returns, as in the paper
 TURN_LENGTH = 400  # characters of a turn that are read
 TEXT_LENGTH = 400  # characters of features and description that are shown
@@ -241,18 +238,11 @@ class Shop:
     def __init__(self, products: list[Product]) -> None:
         self.products = products
         texts = [" ".join((p.title, p.text, *p.offers)) for p in products]
-        self.engine = bm25s.BM25()  # its default scoring is Lucene's, as in the paper
-        self.engine.index([_words(text) for text in texts], show_progress=False)
+        self.engine = BM25([_words(text) for text in texts])
 
     def search(self, words: str) -> list[Product]:
         """At most FOUND products with one of the words, best first; ties as in the catalogue."""
-        tokens = _words(words)
-        if not tokens:
-            return []
-        scores = self.engine.get_scores(tokens)
-        found = numpy.flatnonzero(scores > 0)
-        best = found[numpy.argsort(-scores[found], kind="stable")[:FOUND]]
-        return [self.products[i] for i in best]
+        return [self.products[i] for i in self.engine.best(_words(words), FOUND)]
 
 
 class ShopEpisode:
@@ -343,11 +333,7 @@ class WebshopTask:
     exact = False  # part of what was asked for pays in part
 
     def __init__(self, options: dict[str, Any]) -> None:
-        known = [field.name for field in fields(Options)]
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"task_options: expected {', '.join(known)}, got {name!r}")
-        self.options = Options(**options)
+        self.options = options_of(Options, options)
         self.name = "webshop"
         if self.options.catalogue is None:
             products = generate_catalogue(self.options.products or 720)
@@ -370,7 +356,7 @@ class WebshopTask:
             if len(examples) == n:
                 break
             goal = self._draw(rng)
-            if (zlib.crc32(goal.text.encode()) % HELD_OUT_SHARE == 0) == held_out:
+            if is_held_out(goal.text) == held_out:
                 prompt = f"{goal.text}, under {_dollars(goal.limit)}\n"
                 examples.append(Example(prompt, goal, self._expert(goal)))
         if len(examples) < n:
