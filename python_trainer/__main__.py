@@ -161,11 +161,10 @@ def execute(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from . import compare, report, trackers
-    from .evaluate import evaluate_run
 
     console = Console()
     if args.command == "eval":
-        evaluate_run(args.out, args.show, console)
+        compare.evaluate(args.out, args.show, console)
         return
     if args.command in ("train", "compare"):
         config = config_of(args)

@@ -24,9 +24,12 @@ from rich.progress import Progress as Bars
 from . import checkpoint
 from .config import CheckpointError, ConfigError, EngineError, TaskError, TrainConfig
 from .distributed import Ranks, check_parallel
+from .engine import make_engine
+from .evaluate import Evaluator, shown
 from .files import Row, commit, versions, write_json
-from .loop import Progress, WarmStart, prepare, train
+from .loop import Progress, WarmStart, load_weights, prepare, train
 from .model import check_model
+from .rollout import play
 from .tasks import make_task
 
 # What an arm changes in the shared configuration. DGG and its controls may go up to K=8, where
@@ -73,10 +76,10 @@ def begin(
     Raises:
         ConfigError: a setting is wrong. Nothing was touched.
     """
-    for config in arms.values():
-        make_task(config.task, config.task_options)
-        check_model(config)
-        check_parallel(config)
+    first = next(iter(arms.values()))  # in what is looked at here all arms are alike
+    make_task(first.task, first.task_options)
+    check_model(first)
+    check_parallel(first)
     if not Ranks().first:
         return
     for path in [*out.glob("*/seed-*/checkpoints"), *out.glob("*/seed-*/metrics.jsonl"),
@@ -180,6 +183,41 @@ def read_run(out: Path) -> dict[str, Any]:
         raise ConfigError(
             f"out: expected a run directory with run.json, got {str(out)!r} ({error})"
         ) from error
+
+
+def evaluate(out: Path, show: int, console: Console) -> None:
+    """Print the held-out accuracy of each arm's newest weights, and some episodes of it.
+
+    Raises:
+        ConfigError: `out` is no run directory, or holds no checkpoint.
+    """
+    asked, found = read_run(out), False
+    for seed in asked["seeds"]:
+        for arm, settings in asked["arms"].items():
+            folder = out / arm / f"seed-{seed}" / "checkpoints"
+            state, complaints = checkpoint.load(folder)
+            for complaint in complaints:
+                console.print(complaint)
+            if state is None:
+                continue
+            found = True
+            config = replace(TrainConfig(**settings), seed=seed)
+            task = make_task(config.task, config.task_options)
+            policy = load_weights(config, task, state)
+            engine = make_engine(policy, config)
+            accuracy = Evaluator(task, policy, config, Ranks.alone()).accuracy(policy, engine)
+            console.print(
+                f"{arm}, seed {seed}: accuracy {accuracy:.4f} on {config.eval_prompts} held-out "
+                f"examples, after {state['progress']['updates_applied']} updates"
+            )
+            engine.refresh()
+            examples = task.sample(max(show, 1), "held-out", held_out=True)[:show]
+            for played in play(engine, policy.tokenizer, task, examples, config, "shown"):
+                for part in shown(played, policy.tokenizer):
+                    console.print(f"    {part.strip()}", markup=False, highlight=False)
+                console.print(f"    (reward {played.reward:.2f})\n", highlight=False)
+    if not found:
+        raise ConfigError(f"out: expected a run with checkpoints, got {str(out)!r}")
 
 
 def summarise(

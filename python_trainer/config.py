@@ -20,6 +20,12 @@ class ConfigError(ValueError):
     """A setting is wrong. The message is one line: field, what was expected, what came."""
 
 
+def one_line(text: str, length: int = 200) -> str:
+    """Any text as a part of an error's message."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
 class TaskError(RuntimeError):
     """A task's sampler or verifier failed. The message is one line that names the task."""
 

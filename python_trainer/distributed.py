@@ -69,11 +69,6 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
-    def wait(self) -> None:
-        """Until every rank is here."""
-        if self.world > 1:
-            dist.barrier()
-
 
 def check_parallel(config: TrainConfig) -> None:
     """Raise ConfigError unless this many processes can train so."""

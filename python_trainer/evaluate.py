@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from . import checkpoint
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
 from .distributed import Ranks, gathered
 from .engine import Engine
 from .model import Policy
 from .rollout import Sequences, Transcript, expert, in_chunks, pack, play
-from .tasks import Example, Task, make_task
+from .tasks import Example, Task
 from .tokenizer import Tokenizer
 
 
@@ -63,45 +59,6 @@ class Evaluator:
                 played = in_chunks(self.examples, self.config.generation_batch_size, part)
             total = torch.tensor(sum(t.reward for t in played), dtype=torch.float64)
         return float(self.ranks.total(total.to(self.config.device))) / self.config.eval_prompts
-
-
-def evaluate_run(out: Path, show: int, console: Any) -> None:
-    """Print the held-out accuracy of each arm's newest weights, and some episodes of it.
-
-    Raises:
-        ConfigError: `out` is no run directory, or holds no checkpoint.
-    """
-    from .compare import read_run  # which needs the loop, which needs this module
-    from .engine import make_engine
-    from .loop import load_weights
-
-    asked, found = read_run(out), False
-    for seed in asked["seeds"]:
-        for arm, settings in asked["arms"].items():
-            folder = out / arm / f"seed-{seed}" / "checkpoints"
-            state, complaints = checkpoint.load(folder)
-            for complaint in complaints:
-                console.print(complaint)
-            if state is None:
-                continue
-            found = True
-            config = replace(TrainConfig(**settings), seed=seed)
-            task = make_task(config.task, config.task_options)
-            policy = load_weights(config, task, state)
-            engine = make_engine(policy, config)
-            accuracy = Evaluator(task, policy, config, Ranks.alone()).accuracy(policy, engine)
-            console.print(
-                f"{arm}, seed {seed}: accuracy {accuracy:.4f} on {config.eval_prompts} held-out "
-                f"examples, after {state['progress']['updates_applied']} updates"
-            )
-            engine.refresh()
-            examples = task.sample(max(show, 1), "held-out", held_out=True)[:show]
-            for played in play(engine, policy.tokenizer, task, examples, config, "shown"):
-                for part in shown(played, policy.tokenizer):
-                    console.print(f"    {part.strip()}", markup=False, highlight=False)
-                console.print(f"    (reward {played.reward:.2f})\n", highlight=False)
-    if not found:
-        raise ConfigError(f"out: expected a run with checkpoints, got {str(out)!r}")
 
 
 def shown(transcript: Transcript, tokenizer: Tokenizer) -> list[str]:

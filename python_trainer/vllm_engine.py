@@ -47,7 +47,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from .config import EngineError
+from .config import EngineError, one_line
 from .distributed import Ranks
 from .model import Policy
 
@@ -126,9 +126,9 @@ class VLLMEngine:
             vocabulary = self.policy.head.weight.shape[0]
             known = all(type(i) is int and 0 <= i < vocabulary for i in ids)
         except (ValueError, KeyError, TypeError):
-            raise self._error("/v1/completions", expected, shorten(answer)) from None
+            raise self._error("/v1/completions", expected, readable(answer)) from None
         if not (finished and known and 0 < len(ids) <= request["max_tokens"]):
-            raise self._error("/v1/completions", expected, shorten(answer))
+            raise self._error("/v1/completions", expected, readable(answer))
         return ids
 
     def _push(self, weights: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class VLLMEngine:
                 call = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
                 self._post("/collective_rpc", call)
         except (OSError, SafetensorError) as error:  # a full disk is the latter
-            reason = shorten(str(error))
+            reason = one_line(str(error))
             raise EngineError(f"vllm_url: no folder for the weights ({reason})") from error
 
     def _post(self, path: str, body: dict[str, Any]) -> bytes:
@@ -159,14 +159,14 @@ class VLLMEngine:
                 with urlopen(request, timeout=TIMEOUT) as response:
                     return response.read()
             except HTTPError as error:
-                got = f"HTTP {error.code} ({shorten(error.read(1000))})"
+                got = f"HTTP {error.code} ({readable(error.read(1000))})"
                 raise self._error(path, NEEDED[path], got) from error
             except (OSError, HTTPException) as error:
                 reason = error.reason if isinstance(error, URLError) else error
                 wait = next(waits, None) if isinstance(reason, ConnectionError) else None
                 if wait is None:
                     late = isinstance(reason, TimeoutError)
-                    got = f"none in {TIMEOUT:g} s" if late else shorten(repr(reason))
+                    got = f"none in {TIMEOUT:g} s" if late else one_line(repr(reason))
                     raise self._error(path, "an answer", got) from error
                 time.sleep(wait)
 
@@ -189,8 +189,6 @@ def fingerprint(policy: Policy) -> list[int]:
     return [int(torch.hash_tensor(p).view(torch.int64)) for p in local if p.numel()]
 
 
-def shorten(text: str | bytes, length: int = 200) -> str:
-    """One line of it, for an error."""
-    text = text.decode(errors="replace") if isinstance(text, bytes) else text
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
+def readable(answer: bytes) -> str:
+    """What a server said, for an error."""
+    return one_line(answer.decode(errors="replace"))

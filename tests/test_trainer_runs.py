@@ -16,7 +16,7 @@ from rich.console import Console
 from trainer_toys import TINY, Digits, Echo, Fails
 
 from dgg_kernels import replay
-from python_trainer import checkpoint, compare, evaluate, report, tasks
+from python_trainer import checkpoint, compare, report, tasks
 from python_trainer.__main__ import main
 from python_trainer.config import CheckpointError, TaskError
 from python_trainer.files import MetricsLog, energies, read_metrics, write_atomically
@@ -33,7 +33,7 @@ def toy_tasks(monkeypatch):
     def make(name, options):
         return TOYS[name](options) if name in TOYS else make_task(name, options)
 
-    for module in (tasks, compare, evaluate):
+    for module in (tasks, compare):
         monkeypatch.setattr(module, "make_task", make)
 
 
