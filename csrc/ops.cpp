@@ -27,9 +27,11 @@ STABLE_TORCH_LIBRARY(dgg, m) {
   m.def("gate_new_batch(Tensor(a!) state, Tensor(b!) found_inf) -> ()");
   // signal: partial squares of the energy to be summed ([V] fp32 or fp64; squares=True), or the
   // energy itself (squares=False). total_norm: 0-dim fp32, the global gradient norm. header: pinned
-  // host memory that a CUDA kernel writes the state's first HEADER_SIZE values to.
+  // host memory that a CUDA kernel writes the state's first HEADER_SIZE values to. phase: 0 when
+  // the gradient is finished; 1 before the backward, by another signal; 2 after the backward that
+  // followed a 1.
   m.def(
       "gate_decide(Tensor(a!) state, Tensor signal, bool squares, Tensor? total_norm, "
-      "float max_grad_norm, Tensor(b!) found_inf, Tensor(c!) grad_scale, Tensor(d!)? header) -> "
-      "()");
+      "float max_grad_norm, Tensor(b!) found_inf, Tensor(c!) grad_scale, Tensor(d!)? header, "
+      "int phase=0) -> ()");
 }

@@ -40,6 +40,7 @@ class GateConfig:
         average: "window" is a first-in first-out window; "ema" an exponential running mean and
             variance.
         ema_decay: weight of the past under `average="ema"`.
+        squared: score g squared in place of g (`gate/energy` stays g).
         include_shut: whether values that shut the gate enter the window too.
         mini_batches: mini-batches per pass over the rollout batch, one optimizer step each. An
             increment compares a mini-batch with its own previous use.
@@ -56,6 +57,7 @@ class GateConfig:
     statistic: Literal["increment", "level", "either"] = "increment"
     average: Literal["window", "ema"] = "window"
     ema_decay: float = 0.97
+    squared: bool = False
     include_shut: bool = False
     mini_batches: int = 1
     energy: Literal["head", "parameter"] = "head"
@@ -70,7 +72,7 @@ class GateConfig:
             _require(ok, name, f"an integer from {least} to {2**20}", value)
         _require(isinstance(self.ema_decay, float) and 0 < self.ema_decay < 1,
                  "ema_decay", "a number between 0 and 1", self.ema_decay)  # fmt: skip
-        for name in ("include_shut", "accumulate"):
+        for name in ("squared", "include_shut", "accumulate"):
             _require(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
         hints = get_type_hints(GateConfig)
         for name in ("statistic", "average", "energy"):
@@ -112,6 +114,7 @@ def _write_config(state: np.ndarray, config: GateConfig) -> None:
     state[Slot.EMA_DECAY] = config.ema_decay
     state[Slot.INCLUDE_SHUT] = config.include_shut
     state[Slot.MINI_BATCHES] = config.mini_batches
+    state[Slot.SQUARED] = config.squared
 
 
 def _initial_state(config: GateConfig) -> np.ndarray:
@@ -214,7 +217,7 @@ class GradientGate:
         self._head_grad: Tensor | None = None  # sum of this update's head gradients, if kept
         self._scaler: torch.amp.GradScaler | None = None
         self._batches = 0  # calls of new_batch()
-        self._awaits_step = False
+        self._awaits_step = self._foreseen = False
         self._seen_shut, self._seen_applied = False, 0
         self._pinned: Tensor | None = None  # the state's header, as the last decision left it
         if device.type == "cuda":
@@ -281,7 +284,32 @@ class GradientGate:
         torch.ops.dgg.gate_new_batch(self._state, self.found_inf)
         self._batches += 1
         self._forget_backward()
-        self._awaits_step = self._seen_shut = False
+        self._awaits_step = self._foreseen = self._seen_shut = False
+
+    def foresee(self, signal: Tensor) -> None:
+        """Score this update before its backward is paid for, by a signal of the forward.
+
+        The signal, its increments and their window take the place of the gradient's norm: high is
+        bad, as with the loss, whose increment is what the last update failed to gain. Enqueued on
+        the device, like `decide()`, which is still to be called after the backward: it takes the
+        clip scale, and shuts on a NaN or Inf gradient. Where `is_shut()` says so, `backward()`,
+        `decide()` and `step()` may all be left out.
+
+        Args:
+            signal: a 0-dim tensor of this update's forward; over several ranks their mean counts.
+
+        Raises:
+            RuntimeError: no `new_batch()` yet, a second time for one update, or the optimizer has
+                not stepped since the last `decide()`.
+            ValueError: `signal` is not one floating value on the gate's device.
+        """
+        self._check_turn("foresee")
+        if self._foreseen:
+            raise RuntimeError("foresee: called twice without decide() in between")
+        self._check_scalar("signal", signal)
+        value = _same_on_all_ranks(signal.detach().to(torch.float64).reshape(1))
+        self._decide(value, False, None, phase=1)
+        self._foreseen = True
 
     def decide(self, energy: Tensor | None = None, *, grad_norm: Tensor | None = None) -> None:
         """Score this update. Enqueued on the device: energy, z, flag and clip scale.
@@ -303,10 +331,7 @@ class GradientGate:
             ValueError: `energy` or `grad_norm` is not one floating value on the gate's device, or
                 `grad_norm` came without a `max_grad_norm` at `attach`.
         """
-        if self._batches == 0:
-            raise RuntimeError("decide: call new_batch() when a batch of rollouts begins")
-        if self._awaits_step:
-            raise RuntimeError("decide: called twice without optimizer.step() in between")
+        self._check_turn("decide")
         self._check_scalar("energy", energy)
         self._check_scalar("grad_norm", grad_norm)
         limit = self.max_grad_norm
@@ -324,14 +349,24 @@ class GradientGate:
         if limit is not None:
             total_norm = self.total_grad_norm() if grad_norm is None else grad_norm.detach()
             total_norm = _same_on_all_ranks(total_norm.to(torch.float32).reshape(()))
+        self._decide(signal, squares, total_norm, phase=2 if self._foreseen else 0)
+        self._foreseen = False
+        self._forget_backward()
+        self._awaits_step = bool(self._optimizers)
+
+    def _check_turn(self, name: str) -> None:
+        if self._batches == 0:
+            raise RuntimeError(f"{name}: call new_batch() when a batch of rollouts begins")
+        if self._awaits_step:
+            raise RuntimeError(f"{name}: optimizer.step() was not called since the last decide()")
+
+    def _decide(self, signal: Tensor, squares: bool, total_norm: Tensor | None, phase: int) -> None:
         torch.ops.dgg.gate_decide(
-            self._state, signal, squares, total_norm, limit or 1.0, self.found_inf,
-            self.grad_scale, self._pinned,
+            self._state, signal, squares, total_norm, self.max_grad_norm or 1.0, self.found_inf,
+            self.grad_scale, self._pinned, phase,
         )  # fmt: skip
         if self._pinned is not None:
             self._copied.record()
-        self._forget_backward()
-        self._awaits_step = bool(self._optimizers)
 
     def is_shut(self, wait: bool = False) -> bool:
         """Whether re-use of this batch has ended, as far as the host knows.
@@ -421,7 +456,7 @@ class GradientGate:
         if self._pinned is not None:
             self._pinned.copy_(torch.from_numpy(restored[: Slot.HEADER_SIZE]))
         self._forget_backward()
-        self._awaits_step = False
+        self._awaits_step = self._foreseen = False
 
     # -- what the op and the optimizer tell the gate ----------------------------------------------
 

@@ -596,7 +596,7 @@ def combine(
     """Runs `combine_kernel`."""
     _, tiles, M = stats.shape
     combine_kernel[(triton.cdiv(M, 32),)](
-        stats, target_logit, count, place, rows, *outputs, M, tiles, BLOCK_N=32, BLOCK_T=64
+        stats, target_logit, count, place, rows, *outputs, M, tiles, BLOCK_N=32, BLOCK_T=32
     )
 
 

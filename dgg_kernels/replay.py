@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-reuse", type=int, help="default: the longest batch of the log")
     parser.add_argument("--statistic", default=GateConfig.statistic)
     parser.add_argument("--average", default=GateConfig.average)
+    parser.add_argument("--squared", action="store_true")
     parser.add_argument("--include-shut", action="store_true")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="needs matplotlib")
     args = parser.parse_args(argv)
@@ -99,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         config = GateConfig(
             window=args.window, statistic=args.statistic, average=args.average,
             max_reuse=args.max_reuse or max(map(len, energies)), include_shut=args.include_shut,
+            squared=args.squared,
         )  # fmt: skip
         results = {t: replay(energies, replace(config, threshold=t)) for t in args.threshold}
     except (OSError, ValueError) as error:

@@ -8,9 +8,12 @@ import sys
 import tomllib
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import CheckpointError, ConfigError, EngineError, TaskError, TrainConfig
+
+if TYPE_CHECKING:
+    from .compare import Plan
 
 DESCRIPTION = "A thin GRPO trainer with gated re-use of rollout batches."
 EXAMPLES = """\
@@ -20,7 +23,7 @@ examples:
 
   # the same with every control, three seeds, one report
   python -m python_trainer compare --out runs/all --seeds 0 1 2 \\
-      --arms single_use fixed_k4 fixed_k8 dgg random kl global_norm
+      --arms single_use fixed_k4 fixed_k8 dgg random shuffled gain kl chi2 global_norm
 
   # one gated run in a shop; settings from python_trainer/configs/webshop.toml
   python -m python_trainer train --task webshop --out runs/shop --gate dgg --gate-threshold 0.5
@@ -43,6 +46,9 @@ checkpoints/, <out>/run.json, <out>/summary.json, <out>/*.png and <out>/report.h
 Exit codes: 0 done, 1 the task failed or a file could not be written, 2 a setting is wrong (nothing
 is written), 130 interrupted (the directory stays readable, and `resume` goes on).
 """
+# What a TOML file may hold beside settings, for `compare`: [arms.NAME] tables of what an arm
+# changes (and which one it matches), a [grid] of values to run each arm with, and seeds.
+PLAN: dict[str, Any] = {"arms": {}, "grid": {}, "seeds": []}
 CONFIGS = Path(__file__).parent / "configs"
 TYPES = {"int": int, "float": float, "str": str, "bool": json.loads}
 
@@ -70,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
                 help="option of the task or of its generator (repeatable); VALUE is JSON or text",
             )  # fmt: skip
             continue
+        if f.name == "use_counts":  # of another run: `compare` fills it in
+            continue
         kind = str(f.type).removesuffix(" | None")
         default = "" if f.default is MISSING else f" (default {f.default})"
         group.add_argument(
@@ -94,7 +102,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     compare.add_argument(
         "--arms", nargs="+", default=None, metavar="ARM",
-        help="single_use fixed_k4 fixed_k8 dgg random (default), kl, global_norm",
+        help="single_use fixed_k4 fixed_k8 dgg random (default), shuffled, gain, kl, chi2, "
+        "global_norm, middle_norm, skip_step, zclip, or [arms.NAME] of the TOML file",
     )  # fmt: skip
     compare.add_argument(
         "--seeds", nargs="+", type=int, default=None, metavar="INT",
@@ -125,15 +134,15 @@ def task_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
-def config_of(args: argparse.Namespace) -> TrainConfig:
-    """TrainConfig from a TOML file, if there is one, and the options that were given."""
+def config_of(args: argparse.Namespace, file: dict[str, Any]) -> TrainConfig:
+    """TrainConfig from what a TOML file sets, and the options that were given."""
     known = {f.name for f in fields(TrainConfig)}
-    settings = read_toml(args.config or args.task or TrainConfig().task)
+    settings = {name: value for name, value in file.items() if name not in PLAN}
     for name in settings:
         if name not in known:
             raise ConfigError(f"config: expected settings of TrainConfig, got {name!r}")
-    settings |= {name: getattr(args, name) for name in known - {"task_options"}
-                 if getattr(args, name) is not None}  # fmt: skip
+    given = {name: getattr(args, name, None) for name in known}
+    settings |= {name: value for name, value in given.items() if value is not None}
     if args.task_option:
         settings["task_options"] = settings.get("task_options", {}) | task_options(args.task_option)
     return TrainConfig(**settings)
@@ -147,6 +156,24 @@ def read_toml(name: str) -> dict[str, Any]:
             return tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: expected a TOML file, got {name!r} ({error})") from error
+
+
+def plan_of(args: argparse.Namespace, file: dict[str, Any], config: TrainConfig) -> Plan:
+    """Arms and seeds from the options, else from the TOML file, else the demo's."""
+    from .compare import DEFAULT_ARMS, PRESETS, plan
+
+    arms, grid, seeds = (file.get(name, default) for name, default in PLAN.items())
+    if not (isinstance(arms, dict) and all(isinstance(arm, dict) for arm in arms.values())):
+        raise ConfigError(f"arms: expected tables of settings, got {arms!r}")
+    if not (isinstance(grid, dict) and all(isinstance(values, list) for values in grid.values())):
+        raise ConfigError(f"grid: expected a list of values for each field, got {grid!r}")
+    if not (isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)):
+        raise ConfigError(f"seeds: expected a list of integers, got {seeds!r}")
+    defined = {name: PRESETS.get(name, {}) | changes for name, changes in arms.items()}
+    if args.mean_uses is not None:  # given, not matched
+        defined["random"] = {"gate": "random"}
+    names = args.arms or list(arms) or list(DEFAULT_ARMS)
+    return plan(config, names, args.seeds or seeds or [config.seed], defined, grid)
 
 
 def arm_name(config: TrainConfig) -> str:
@@ -167,17 +194,14 @@ def execute(args: argparse.Namespace) -> None:
         compare.evaluate(args.out, args.show, console)
         return
     if args.command in ("train", "compare"):
-        config = config_of(args)
+        file = read_toml(args.config or args.task or TrainConfig().task)
+        config = config_of(args, file)
         if args.command == "train":
-            arms, seeds, match_random = {arm_name(config): config}, [config.seed], False
+            plan = compare.Plan({arm_name(config): config}, [config.seed])
         else:
-            names: list[str] = list(args.arms or compare.DEFAULT_ARMS)
-            arms, match_random = compare.arm_configs(config, names), args.mean_uses is None
-            if "random" in names and match_random and "dgg" not in names:
-                raise ConfigError("arms: expected dgg beside random (or --mean-uses), got no dgg")
-            seeds = args.seeds or [config.seed]
+            plan = plan_of(args, file, config)
         trackers.check(args.track)
-        compare.begin(arms, args.out, seeds, match_random)
+        compare.begin(plan, args.out)
     if args.command != "report":
         summary = compare.go_on(args.out, console, lambda to: trackers.make(args.track, to))
         if not compare.Ranks().first:

@@ -9,12 +9,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +28,7 @@ from .config import CheckpointError, ConfigError, EngineError, TaskError, TrainC
 from .distributed import Ranks, check_parallel
 from .engine import make_engine
 from .evaluate import Evaluator, shown
-from .files import Row, commit, versions, write_json
+from .files import Row, commit, read_metrics, use_counts, versions, write_json
 from .loop import Progress, WarmStart, load_weights, prepare, train
 from .model import check_model
 from .rollout import play
@@ -39,44 +41,96 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fixed_k4": {"gate": "off", "num_iterations": 4},
     "fixed_k8": {"gate": "off", "num_iterations": 8},
     "dgg": {"gate": "dgg"},
-    "random": {"gate": "random"},  # at the mean use count that the dgg arm came to
-    "kl": {"gate": "kl"},
-    "global_norm": {"gate": "global_norm"},
-}
+    "random": {"gate": "random", "match": "dgg"},
+    "shuffled": {"gate": "shuffled", "match": "dgg"},
+    **{gate: {"gate": gate} for gate in ("gain", "kl", "chi2", "global_norm", "middle_norm",
+                                         "skip_step", "zclip")},
+}  # fmt: skip
 Mirrors = Callable[[Path], "list[Callable[[Row], None]]"]
 DEFAULT_ARMS = ("single_use", "fixed_k4", "fixed_k8", "dgg", "random")
 
 
-def arm_configs(config: TrainConfig, names: list[str]) -> dict[str, TrainConfig]:
-    """The configuration of each arm, in the order in which they can run.
+@dataclass(frozen=True)
+class Plan:
+    """What a run directory is to hold: `run.json`.
 
-    Raises:
-        ConfigError: an arm is unknown or named twice, or an override does not fit.
+    `match` names, for an arm that controls for how often another one uses its batches, that arm:
+    the control gets the mean (gate="random") or the counts (gate="shuffled") that the other came to
+    in the same seed.
     """
-    for i, name in enumerate(names):
-        if name not in PRESETS:
-            raise ConfigError(f"arms: expected some of {', '.join(PRESETS)}, got {name!r}")
-        if name in names[:i]:
-            raise ConfigError(f"arms: expected each arm once, got {name!r} twice")
-    ordered = sorted(names, key=lambda name: name == "random")  # it needs dgg's mean use count
-    return {name: replace(config, **PRESETS[name]) for name in ordered}
+
+    arms: dict[str, TrainConfig]
+    seeds: list[int]
+    match: dict[str, str] = field(default_factory=dict)
 
 
-def begin(
-    arms: dict[str, TrainConfig], out: Path, seeds: list[int], match_random: bool = True
-) -> None:
-    """Check all settings, then write `run.json`; what an earlier run left in `out` is removed.
+def plan(
+    config: TrainConfig,
+    names: Sequence[str],
+    seeds: list[int],
+    defined: dict[str, dict[str, Any]] | None = None,
+    grid: dict[str, list[Any]] | None = None,
+) -> Plan:
+    """The arms in the order in which they can run: those that match another one after it.
 
     Args:
-        arms: name -> configuration; of one seed they share the warm start of the first.
-        out: the run directory.
+        config: what the arms share.
+        names: of PRESETS, or of `defined`.
         seeds: each arm is run with each of them.
-        match_random: set the random arm's `mean_uses` to what the dgg arm came to, if both run.
+        defined: name -> what an arm changes in `config`, with "match" for the arm to be matched.
+        grid: field -> values, in every combination of which every arm is run; `arm@value` is what
+            it is called then.
+
+    Raises:
+        ConfigError: an arm is unknown, named twice or matches none; or an override does not fit.
+    """
+    known = PRESETS | (defined or {})
+    cells = [dict(zip(grid or {}, values, strict=True))
+             for values in itertools.product(*(grid or {}).values())]  # fmt: skip
+    found, match = {}, {}
+    for i, name in enumerate(names):
+        if name not in known:
+            raise ConfigError(f"arms: expected some of {', '.join(known)}, got {name!r}")
+        if name in names[:i]:
+            raise ConfigError(f"arms: expected each arm once, got {name!r} twice")
+        changes = dict(known[name])
+        other = changes.pop("match", None)
+        if other is not None and other not in names:
+            raise ConfigError(f"arms: expected {other} beside {name}, which matches it, got none")
+        for cell in cells:
+            suffix = "".join(f"@{value}" for value in cell.values())
+            found[name + suffix] = derive(config, changes | cell)
+            if other is not None:
+                match[name + suffix] = other + suffix
+    ordered = sorted(found, key=lambda name: name in match)
+    return Plan({name: found[name] for name in ordered}, seeds, match)
+
+
+def derive(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """`config` with other values.
+
+    Raises:
+        ConfigError: there is no such field, or a value does not fit.
+    """
+    for name in changes:
+        if name not in {f.name for f in fields(TrainConfig)}:
+            raise ConfigError(f"arms: expected settings of TrainConfig, got {name!r}")
+    return replace(config, **changes)
+
+
+def begin(asked: Plan, out: Path) -> None:
+    """Check all settings, then write `run.json`; what an earlier run left in `out` is removed.
+
+    Of one seed, the arms share the warm start of the first.
 
     Raises:
         ConfigError: a setting is wrong. Nothing was touched.
     """
-    first = next(iter(arms.values()))  # in what is looked at here all arms are alike
+    for name, config in asked.arms.items():
+        counted = name in asked.match or len(config.use_counts) >= config.rollout_batches
+        if config.gate == "shuffled" and not counted:
+            raise ConfigError(f"arms: expected an arm whose uses {name} is to match, got none")
+    first = next(iter(asked.arms.values()))  # in what is looked at here all arms are alike
     make_task(first.task, first.task_options)
     check_model(first)
     check_parallel(first)
@@ -86,8 +140,7 @@ def begin(
                  *(out / name for name in ("summary.json", "report.html")),
                  *out.glob("*.png")]:  # fmt: skip
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    asked = {name: asdict(config) for name, config in arms.items()}
-    write_json(out / "run.json", {"arms": asked, "seeds": seeds, "match_random": match_random})
+    write_json(out / "run.json", asdict(asked))
 
 
 def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[str, Any]:
@@ -120,21 +173,19 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
         return summary
 
     try:
-        for seed in asked["seeds"]:
+        for seed in asked.seeds:
             start: WarmStart | None = None
-            for name, settings in asked["arms"].items():
-                config = replace(TrainConfig(**settings), seed=seed)
-                dgg = runs.get(("dgg", seed))
-                if config.gate == "random" and asked["match_random"] and dgg is not None:
-                    uses = min(max(dgg.mean_uses, 1.0), float(config.num_iterations))
-                    config = replace(config, mean_uses=uses)
-                configs[name] = config
+            for name, shared in asked.arms.items():
+                config = replace(shared, seed=seed)
                 folder = out / name / f"seed-{seed}"
+                if name in asked.match:
+                    config = matched(config, folder.parents[1] / asked.match[name] / folder.name)
+                configs[name] = config
                 done = checkpoint.progress_in(folder / "checkpoints")
                 if done is not None and done["finished"]:
                     runs[name, seed] = Progress(**done)
                     continue
-                label = name if len(asked["seeds"]) == 1 else f"{name}, seed {seed}"
+                label = name if len(asked.seeds) == 1 else f"{name}, seed {seed}"
                 if start is None:
                     with progress_bar(console, "warm-up", None):
                         start = prepare(config, make_task(config.task, config.task_options))
@@ -166,7 +217,16 @@ def _warmups_so_far(out: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def read_run(out: Path) -> dict[str, Any]:
+def matched(config: TrainConfig, other: Path) -> TrainConfig:
+    """A control's configuration, from the log of the run whose use counts it is to match."""
+    counts = use_counts(read_metrics(other / "metrics.jsonl"))
+    if config.gate == "shuffled":
+        return replace(config, use_counts=tuple(counts))
+    uses = min(max(fmean(counts), 1.0), float(config.num_iterations))
+    return replace(config, mean_uses=uses)
+
+
+def read_run(out: Path) -> Plan:
     """What `run.json` asks for.
 
     Raises:
@@ -174,9 +234,8 @@ def read_run(out: Path) -> dict[str, Any]:
     """
     try:
         asked = json.loads((out / "run.json").read_text())
-        for settings in asked["arms"].values():
-            TrainConfig(**settings)
-        return {name: asked[name] for name in ("arms", "seeds", "match_random")}
+        arms = {name: TrainConfig(**settings) for name, settings in asked["arms"].items()}
+        return Plan(arms, asked["seeds"], asked["match"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -192,8 +251,8 @@ def evaluate(out: Path, show: int, console: Console) -> None:
         ConfigError: `out` is no run directory, or holds no checkpoint.
     """
     asked, found = read_run(out), False
-    for seed in asked["seeds"]:
-        for arm, settings in asked["arms"].items():
+    for seed in asked.seeds:
+        for arm, shared in asked.arms.items():
             folder = out / arm / f"seed-{seed}" / "checkpoints"
             state, complaints = checkpoint.load(folder)
             for complaint in complaints:
@@ -201,7 +260,7 @@ def evaluate(out: Path, show: int, console: Console) -> None:
             if state is None:
                 continue
             found = True
-            config = replace(TrainConfig(**settings), seed=seed)
+            config = replace(shared, seed=seed)
             task = make_task(config.task, config.task_options)
             policy = load_weights(config, task, state)
             engine = make_engine(policy, config)

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-GATES = ("off", "dgg", "random", "kl", "global_norm")
+GATES = (
+    "off", "dgg", "gain", "random", "shuffled", "kl", "chi2", "global_norm", "middle_norm",
+    "skip_step", "zclip",
+)  # fmt: skip
 LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo")
 SCALES = ("group", "batch", "none")
 STATISTICS = ("increment", "level", "either")
+AVERAGES = ("window", "ema")
 DTYPES = ("float32", "bfloat16")
 PARALLELS = ("ddp", "fsdp2")
 SCREENS = (None, "bf16", "int8", "fp8")
@@ -84,8 +88,13 @@ class TrainConfig:
     gate_threshold: float = 0.5  # tau, standard deviations
     gate_window: int = 32
     gate_statistic: str = "increment"
+    gate_average: str = "window"  # "ema": a running mean and deviation that forget by 3 % a value
+    gate_squared: bool = False  # score the squared norm
+    gate_include_shut: bool = False  # values that shut the gate enter its window
     kl_stop: float = 0.01  # gate="kl": stop when KL(old || new) per token exceeds this
+    chi2_stop: float = 0.1  # gate="chi2": stop when the batch's Pearson chi-squared exceeds this
     mean_uses: float = 2.0  # gate="random": updates per batch to aim at
+    use_counts: tuple[int, ...] = ()  # gate="shuffled": uses of each batch, in any order
 
     # Model: embedded (small, trained from scratch), smollm2, or a transformers name or folder
     model: str = "embedded"
@@ -136,7 +145,7 @@ class TrainConfig:
             "temperature", "learning_rate", "max_grad_norm", "warmup_learning_rate", "task_timeout",
         ):  # fmt: skip
             self._number(name, above=0.0)
-        for name in ("beta", "weight_decay", "kl_stop", "grad_eps"):
+        for name in ("beta", "weight_decay", "kl_stop", "chi2_stop", "grad_eps"):
             self._number(name, at_least=0.0)
         for name in ("gate_threshold", "mean_uses"):
             self._number(name)
@@ -153,10 +162,17 @@ class TrainConfig:
             raise ConfigError(f"model: expected a name or a folder, got {self.model!r}")
         self._choice("dtype", DTYPES)
         self._choice("parallel", PARALLELS)
-        for name in ("mask_truncated_completions", "gradient_checkpointing"):
+        for name in (
+            "mask_truncated_completions", "gradient_checkpointing", "gate_squared",
+            "gate_include_shut",
+        ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected a bool, got {getattr(self, name)!r}")
         self._choice("gate_statistic", STATISTICS)
+        self._choice("gate_average", AVERAGES)
+        counts = self.use_counts
+        if not isinstance(counts, list | tuple) or not all(isinstance(n, int) for n in counts):
+            raise ConfigError(f"use_counts: expected a list of integers, got {counts!r}")
         self._choice("screen", SCREENS)
         if self.vllm_url is not None:
             self._server(self.vllm_url)

@@ -22,12 +22,14 @@ class Evaluator:
     Where the reference answer is the only right one (`task.exact`), it is the exact expectation of
     the reward: the mean probability of the whole answer, eos included, with no sampling noise. Else
     it is the mean reward of one sampled episode of each example, with the same random numbers at
-    every call.
+    every call. `key` chooses the examples.
     """
 
-    def __init__(self, task: Task, policy: Policy, config: TrainConfig, ranks: Ranks) -> None:
+    def __init__(
+        self, task: Task, policy: Policy, config: TrainConfig, ranks: Ranks, key: str = "held-out"
+    ) -> None:
         self.task, self.policy, self.config, self.ranks = task, policy, config, ranks
-        self.examples = task.sample(config.eval_prompts, "held-out", held_out=True)
+        self.examples = task.sample(config.eval_prompts, key, held_out=True)
         self.answers: list[Sequences] = []
         if task.exact:
             mine = self.examples[ranks.rank :: ranks.world]

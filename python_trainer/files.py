@@ -91,6 +91,15 @@ def energies(rows: list[Row]) -> list[list[float]]:
     return list(batches.values())
 
 
+def use_counts(rows: list[Row]) -> list[int]:
+    """Applied updates of each rollout batch."""
+    counts: dict[int, int] = {}
+    for row in rows:
+        if row["type"] == "update":
+            counts[row["rollouts"]] = counts.get(row["rollouts"], 0) + (not row["gate/shut"])
+    return list(counts.values())
+
+
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Write a whole file or nothing: temporary neighbour, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -213,7 +213,7 @@ class Run:
         progress.seconds["rollout"] += time.perf_counter() - began
 
     def use_again(self) -> bool:
-        """One more update from the batch in hand, unless it is used up. Was it applied?"""
+        """One more update from the batch in hand, unless it is used up. May another follow?"""
         config, progress, batch = self.config, self.progress, self.batch
         if batch is None or progress.uses == config.num_iterations:
             return False
@@ -225,7 +225,9 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         share_BC = token_shares(batch.mask_BC, config, self.ranks.total)
         watch = Watch(config, self.ranks, self.ranks.total(batch.mask_BC.sum()))
-        for rows in self._micro_batches(len(batch.reward_B)):
+        seen: dict[str, Tensor] = {}
+        micro_batches = self._micro_batches(len(batch.reward_B))
+        for rows in micro_batches:
             mask_BC, advantage_B = batch.mask_BC[rows], batch.advantage_B[rows]
             evaluated = self.model(
                 *batch.sequences.rows(rows), config, batch.lse_BC[rows], self.arm.gate
@@ -234,25 +236,28 @@ class Run:
                 evaluated.out.logp, batch.old_logp_BC[rows], advantage_B, mask_BC, config,
                 batch.ref_logp_BC[rows] if config.beta > 0 else None, share_BC[rows],
             )  # fmt: skip
-            (loss.loss * self.ranks.world).backward()  # DDP and FSDP2 average over the ranks
             watch.add(evaluated, loss, mask_BC, advantage_B)
             batch.lse_BC[rows] = evaluated.out.lse
-        seen = watch.means()
-        vetoed = self.arm.vetoes(seen["kl"])
-        if not vetoed:
+            if rows is micro_batches[-1]:
+                seen = watch.forward()
+                self.arm.foresee(seen)
+                if self.arm.gate.is_shut(wait=True):
+                    break
+            (loss.loss * self.ranks.world).backward()  # DDP and FSDP2 average over the ranks
+        else:
             self.arm.decide()
             self.optimizer.step()  # does nothing when the gate is shut
-            seen |= self.arm.gate.metrics() | watch.chi2(self.arm.head_energy())
-            seen |= self.divergence.update()
+            seen |= watch.chi2_bound(self.arm.head_energy()) | self.divergence.update()
+        seen |= self.arm.gate.metrics()
         # The trainer logs every update, so it reads the flag at once; a loop that does not
         # want to wait for the device asks with wait=False (see GradientGate).
-        applied = not vetoed and not self.arm.gate.is_shut(wait=True)
+        applied = not self.arm.gate.is_shut(wait=True)
         progress.updates_applied += applied
         seen["learning_rate"] = torch.tensor(self.schedule.get_last_lr()[0], dtype=torch.float64)
         self.scheduler.step()  # counts applied updates
         self.log.write(update_row(progress, batch, self.ranks, seen, applied))
         progress.seconds["update"] += time.perf_counter() - began
-        return applied
+        return self.arm.goes_on(applied)
 
     def evaluate(self) -> None:
         """Log the accuracy on the held-out examples (`Evaluator`)."""
@@ -286,7 +291,7 @@ class Run:
             plain = {
                 "seed": self.config.seed, "arm": self.config.gate, "progress": asdict(progress),
                 "gate.config": gate["config"], "schedule": self.schedule.state_dict(),
-                "log_bytes": self.log.size,
+                "arm.memory": self.arm.memory, "log_bytes": self.log.size,
             }  # fmt: skip
             state |= generators | batch | plain | {"gate.state": gate["state"]}
             try:
@@ -308,6 +313,7 @@ class Run:
         self.arm.gate.load_state_dict(
             {"config": state["gate.config"], "state": state["gate.state"]}
         )
+        self.arm.memory = state["arm.memory"]
         self.schedule.load_state_dict(state["schedule"])
         for group, rate in zip(
             self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
@@ -335,7 +341,7 @@ class Run:
 def update_row(
     progress: Progress, batch: Rollout, ranks: Ranks, seen: dict[str, Tensor], applied: bool
 ) -> Row:
-    """One attempted update. What a use that was vetoed before its decision lacks is null.
+    """One attempted update. What is not known of one that had no backward is null.
 
     `rollouts` counts rollout batches and `sequences` completions, this batch included;
     `updates_applied` includes this update if it was applied. `reward` is the batch's mean, `turns`

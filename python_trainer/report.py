@@ -118,8 +118,8 @@ def missing(out: Path, summary: Summary) -> list[str]:
         return []
     return [
         f"{style(arm)[0]} (seed {seed})"
-        for seed in asked["seeds"]
-        for arm in asked["arms"]
+        for seed in asked.seeds
+        for arm in asked.arms
         if seed not in finished(summary, arm)
     ]
 

@@ -1,13 +1,14 @@
 """When to stop re-using a rollout batch: one small class per arm, all behind one protocol.
 
-Every arm steps through a `GradientGate`, with an infinite threshold where it does not gate. So
-clipping, energy and metrics are the same code in all of them, and only the rule differs.
+Every arm steps through a `GradientGate`, with an infinite threshold where no z-score decides. So
+clipping, energy, skipping and metrics are the same code in all of them, and only the rule differs.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from statistics import fmean, pstdev
 
 import torch
 from torch import Tensor
@@ -20,26 +21,30 @@ from .model import Policy
 
 
 class Arm:
-    """Up to K updates per batch, always (gate="off"). The other arms override one method each."""
+    """Up to K updates per batch, always (gate="off"). The other arms override a method each."""
 
     def __init__(
         self, config: TrainConfig, policy: Policy, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.config, self.head = config, policy.head.weight
-        self.gate = GradientGate(gate_config(config, policy), self.head)
+        self.config, self.policy, self.optimizer = config, policy, optimizer
+        self.gate = GradientGate(gate_config(config, policy), policy.head.weight)
         self.gate.attach(optimizer, max_grad_norm=config.max_grad_norm)
+        self.memory: list[float] = []  # what else a checkpoint must hold
 
     def allows(self, batch: int, use: int) -> bool:
         """Before use number `use` of rollout batch `batch` (both from 1): may it begin?"""
         return True
 
-    def vetoes(self, kl: Tensor) -> bool:
-        """Before the decision: is this use, and with it the batch, to be dropped?"""
-        return False
+    def foresee(self, seen: dict[str, Tensor]) -> None:
+        """After the forward, before (the last) backward: shut the gate, for what was seen."""
 
     def decide(self) -> None:
         """After the backward, before the optimizer: energy, z-score, skip flag, clipping."""
         self.gate.decide()
+
+    def goes_on(self, applied: bool) -> bool:
+        """After the optimizer's step: may the batch be used again?"""
+        return applied
 
     def head_energy(self) -> Tensor:
         """After the decision: norm of the lm_head's gradient, 0-dim."""
@@ -50,16 +55,54 @@ class DynamicGate(Arm):
     """The paper's gate on the lm_head gradient norm."""
 
 
-class GlobalNormGate(Arm):
-    """The same gate, fed with the norm of the whole gradient."""
+class NormGate(Arm):
+    """The same gate, fed with the norm of another gradient: before the step, which clips it."""
 
     def decide(self) -> None:
-        # Before the optimizer's step, which clips the gradient in place.
-        self._head_norm = whole(torch.linalg.vector_norm(self.head.grad, dtype=torch.float32))
-        self.gate.decide(energy=self.gate.total_grad_norm())
+        self._head_norm = norm_of(self.policy.head.weight)
+        self.gate.decide(energy=self.signal())
+
+    def signal(self) -> Tensor:
+        """The norm of all gradients."""
+        return self.gate.total_grad_norm()
 
     def head_energy(self) -> Tensor:
         return self._head_norm
+
+
+class MiddleLayerGate(NormGate):
+    """Fed with that of a weight in the middle of the model."""
+
+    def signal(self) -> Tensor:
+        return norm_of(self.policy.middle)
+
+
+class GainGate(Arm):
+    """Shuts before the backward, when the last update lowered the loss by less than usual.
+
+    The increment of the loss within a batch is what that update failed to gain: the same score, of
+    a signal that costs a forward.
+    """
+
+    def foresee(self, seen: dict[str, Tensor]) -> None:
+        self.gate.foresee(seen["loss"])
+
+
+class KLStop(Arm):
+    """Shuts before the backward, when KL(old || new) of the batch exceeds `kl_stop`."""
+
+    def foresee(self, seen: dict[str, Tensor]) -> None:
+        self.shut_above(self.config.kl_stop, seen["kl"])
+
+    def shut_above(self, limit: float, value: Tensor) -> None:
+        self.gate.foresee(torch.where(value <= limit, 0.0, math.nan))  # NaN always shuts
+
+
+class Chi2Stop(KLStop):
+    """The same with the Pearson χ² of the batch and `chi2_stop`."""
+
+    def foresee(self, seen: dict[str, Tensor]) -> None:
+        self.shut_above(self.config.chi2_stop, seen["gate/chi2"])
 
 
 class RandomStop(Arm):
@@ -76,21 +119,94 @@ class RandomStop(Arm):
         return use == 1 or coin < self.go_on
 
 
-class KLStop(Arm):
-    """Stop when KL(old || new) of the batch exceeds `kl_stop`; that use is not applied."""
+class ShuffledStop(Arm):
+    """As many uses of each batch as another run made of some other one: its counts, shuffled."""
 
-    def vetoes(self, kl: Tensor) -> bool:
-        return not bool(kl <= self.config.kl_stop)
+    def __init__(
+        self, config: TrainConfig, policy: Policy, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().__init__(config, policy, optimizer)
+        self.counts = list(config.use_counts)
+        random.Random(f"{config.seed} shuffled").shuffle(self.counts)
+
+    def allows(self, batch: int, use: int) -> bool:
+        return use <= self.counts[batch - 1]
+
+
+class SkipStep(Arm):
+    """Fixed re-use that skips, and does not stop at, updates of an outlying gradient norm.
+
+    OLMo's rule on the norm: above mean + 6 standard deviations of the last 128.
+    """
+
+    def decide(self) -> None:
+        norm = float(self.gate.total_grad_norm())
+        known = self.memory
+        outlier = len(known) >= 64 and not norm <= fmean(known) + 6 * pstdev(known)
+        if math.isfinite(norm):
+            self.memory = [*known, norm][-128:]
+        if outlier:
+            self.gate.decide(energy=torch.tensor(math.nan, device=self.config.device))
+        else:
+            self.gate.decide()
+
+    def goes_on(self, applied: bool) -> bool:
+        if not applied:
+            self.gate.new_batch()  # opens the gate for the next use
+        return True
+
+
+class ZClip(Arm):
+    """Fixed re-use that scales outlying gradients down (arXiv 2504.02507), and stops at none.
+
+    Beyond z = 2.5 of the running mean m and deviation s (decay 0.97, 25 norms to begin with), a
+    norm becomes m + s 2.5² / z.
+    """
+
+    def decide(self) -> None:
+        norm = float(self.gate.total_grad_norm())
+        if math.isfinite(norm):
+            self._clip(norm)
+        self.gate.decide()
+
+    def _clip(self, norm: float) -> None:
+        count, mean, variance = self.memory or (0, 0.0, 0.0)
+        if count < 25:  # exact, over all so far
+            last, mean = mean, mean + (norm - mean) / (count + 1)
+            variance += ((norm - last) * (norm - mean) - variance) / (count + 1)
+            self.memory = [count + 1, mean, variance]
+            return
+        z = (norm - mean) / (math.sqrt(variance) + 1e-6)
+        if z > 2.5:
+            to = mean + 2.5**2 / z * math.sqrt(variance)
+            for group in self.optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.mul_(to / norm)
+            norm = to
+        mean = 0.97 * mean + 0.03 * norm
+        self.memory = [count, mean, 0.97 * variance + 0.03 * (norm - mean) ** 2]
 
 
 ARMS: dict[str, type[Arm]] = {
     "off": Arm,
     "dgg": DynamicGate,
+    "gain": GainGate,
     "random": RandomStop,
+    "shuffled": ShuffledStop,
     "kl": KLStop,
-    "global_norm": GlobalNormGate,
+    "chi2": Chi2Stop,
+    "global_norm": NormGate,
+    "middle_norm": MiddleLayerGate,
+    "skip_step": SkipStep,
+    "zclip": ZClip,
 }
-GATED = ("dgg", "global_norm")  # arms whose z-score decides
+GATED = ("dgg", "gain", "global_norm", "middle_norm")  # arms whose z-score decides
+
+
+def norm_of(parameter: Tensor) -> Tensor:
+    """Of its gradient, 0-dim, over all ranks."""
+    return whole(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
 
 
 def gate_config(config: TrainConfig, policy: Policy) -> GateConfig:
@@ -102,6 +218,9 @@ def gate_config(config: TrainConfig, policy: Policy) -> GateConfig:
         window=config.gate_window,
         max_reuse=config.num_iterations,
         statistic=config.gate_statistic,  # type: ignore[arg-type]
+        average=config.gate_average,  # type: ignore[arg-type]
+        squared=config.gate_squared,
+        include_shut=config.gate_include_shut,
         # What the head alone gets, where .grad does not hold it.
         accumulate=frozen or (policy.tied and several),
     )

@@ -16,7 +16,7 @@ MEANS = ("kl", "kl_ref", "entropy", "clip_ratio")  # per token
 
 
 class Watch:
-    """Collects from every micro-batch; `means` and `chi2` are collectives."""
+    """Collects from every micro-batch; `forward` and `chi2_bound` are collectives."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks, tokens: Tensor) -> None:
         self.config, self.ranks = config, ranks
@@ -50,23 +50,23 @@ class Watch:
             )
         )  # fmt: skip
 
-    def means(self) -> dict[str, Tensor]:
-        """The loss, and per-token means, 0-dim each."""
+    def forward(self) -> dict[str, Tensor]:
+        """What the forward tells, 0-dim each: the loss, per-token means, and the batch's χ²."""
         found = {
             name: self.ranks.total(s) / self.tokens.clamp_min(1) for name, s in self.sums.items()
         }
         if self.config.beta == 0:
             del found["kl_ref"]
-        return found | {"loss": self.ranks.total(self.loss)}
+        self.all_weights = self.ranks.gather(torch.cat(self.weights))
+        return found | {"loss": self.ranks.total(self.loss), "gate/chi2": chi2(self.all_weights)}
 
-    def chi2(self, energy: Tensor | None) -> dict[str, Tensor]:
-        """The batch's Pearson χ², and its lower bound from the head gradient's norm, 0-dim each.
+    def chi2_bound(self, energy: Tensor) -> dict[str, Tensor]:
+        """The lower bound of that χ² from the head gradient's norm, after `forward`.
 
         A KL term adds a gradient of its own: then there is no bound.
         """
-        weights = self.ranks.gather(torch.cat(self.weights))
-        found = {"gate/chi2": chi2(weights)}
-        if energy is not None and self.config.beta == 0:
-            score_sq = self.ranks.gather(torch.cat(self.score_sq))
-            found["gate/chi2_lower_bound"] = chi2_lower_bound(energy, weights, score_sq)
-        return found
+        if self.config.beta > 0:
+            return {}
+        score_sq = self.ranks.gather(torch.cat(self.score_sq))
+        bound = chi2_lower_bound(energy, self.all_weights, score_sq)
+        return {"gate/chi2_lower_bound": bound}

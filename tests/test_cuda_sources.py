@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,5 +37,5 @@ def test_cuda_sources_compile_and_the_library_loads_beside_a_cpu_torch(tmp_path)
         text=True,
         check=True,
     )
-    for arch in ("sm_80", "sm_90a", "sm_100a"):
-        assert arch in listed.stdout
+    # The tool of triton 3.6 leaves the last letter out.
+    assert set(re.findall(r"sm_\d+", listed.stdout)) == {"sm_80", "sm_90", "sm_100"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections import deque
+from functools import reduce
 
 import pytest
 import torch
@@ -13,6 +15,11 @@ from hypothesis import strategies as st
 
 from dgg_kernels import GateConfig, GatedScheduler, GradientGate, linear_logprob, replay
 from dgg_kernels.gate import Slot
+
+
+def in_order(values):
+    """Their sum, rounded after every term: `sum` compensates from Python 3.12 on."""
+    return reduce(operator.add, values, 0.0)
 
 
 class Model:
@@ -29,8 +36,8 @@ class Model:
         else:
             values = list(self.windows[name])
             n = len(values)
-            mean = sum(values) / n if n else 0.0
-            var = sum((v - mean) * (v - mean) for v in values) / n if n else 0.0
+            mean = in_order(values) / n if n else 0.0
+            var = in_order((v - mean) * (v - mean) for v in values) / n if n else 0.0
         if n < self.c.window:
             return None
         std = math.sqrt(var) if not math.isnan(var) else math.nan
@@ -55,7 +62,8 @@ class Model:
         for batch in batches:
             latch, previous = False, {}
             out.append([])
-            for i, g in enumerate(batch):
+            for i, energy in enumerate(batch):
+                g = energy * energy if self.c.squared else energy
                 use, m = i // self.c.mini_batches + 1, i % self.c.mini_batches
                 if latch:
                     out[-1].append((True, None))
@@ -90,6 +98,7 @@ configs = st.builds(
     statistic=st.sampled_from(["increment", "level", "either"]),
     average=st.sampled_from(["window", "ema"]),
     ema_decay=st.sampled_from([0.5, 0.97]),
+    squared=st.booleans(),
     include_shut=st.booleans(),
     mini_batches=st.integers(1, 3),
 )
@@ -168,6 +177,47 @@ def make(seed=0, **config):
 def everything(body, head, optimizer):
     state = optimizer.state_dict()["state"]
     return copy.deepcopy([body.state_dict(), head.state_dict(), state])
+
+
+def test_a_foreseen_update_is_scored_by_its_signal_and_shut_before_the_backward():
+    _, head, optimizer, gate, backward = make(window=4, threshold=0.1)
+    signals, shut, applied = [], [], 0
+    for _ in range(12):
+        gate.new_batch()
+        signals.append([])
+        for _ in range(gate.config.max_reuse):
+            signals[-1].append(float(torch.rand(())))
+            gate.foresee(torch.tensor(signals[-1][-1]))
+            shut.append(gate.is_shut())
+            if gate.is_shut():
+                break
+            backward()
+            gate.decide()
+            exact = torch.linalg.vector_norm(head.weight.grad.double())
+            torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+            before = head.weight.detach().clone()
+            optimizer.step()
+            assert not torch.equal(before, head.weight)
+            applied += 1
+    assert shut == [d.shut for batch in replay(signals, gate.config) for d in batch] and any(shut)
+    assert gate.applied_updates() == applied
+    assert float(gate.metrics()["updates_attempted"]) == len(shut)
+
+
+@pytest.mark.parametrize("foreseen", [0.0, math.nan])
+def test_a_foreseen_update_with_a_broken_gradient_is_not_applied(foreseen):
+    """Nor is one that was foreseen as bad and computed all the same, by a host that looks late."""
+    body, head, optimizer, gate, backward = make()
+    for broken in (False, True):
+        gate.new_batch()
+        gate.foresee(torch.tensor(foreseen if broken else 0.0))
+        backward(math.nan if broken and foreseen == 0.0 else 1.0)
+        before = flat(everything(body, head, optimizer))
+        gate.decide()
+        optimizer.step()
+    assert gate.is_shut() and gate.applied_updates() == 1
+    after = flat(everything(body, head, optimizer))
+    assert all(same_bits(a, b) for a, b in zip(before, after, strict=True))
 
 
 def flat(tree):
@@ -482,6 +532,10 @@ def decide_with(**given):
     return lambda gate, backward: gate.decide(**given)
 
 
+def foresee(signal=None):
+    return lambda gate, backward: gate.foresee(torch.tensor(1.0) if signal is None else signal)
+
+
 def load(**changed):
     return lambda gate, backward: gate.load_state_dict({**gate.state_dict(), **changed})
 
@@ -499,10 +553,15 @@ MISUSE = {
     "no new_batch": ("built", decide_with(), r"decide: call new_batch\(\)"),
     "no new_batch, energy given": ("built", decide_with(energy=_ONE), r"call new_batch\(\)"),
     "no backward": ("opened", decide_with(), "decide: no backward through linear_logprob"),
-    "decided twice": ("decided", decide_with(), r"decide: called twice without optimizer\.step"),
-    "decided twice, energy given": ("decided", decide_with(energy=_ONE), "decide: called twice"),
+    "decided twice": ("decided", decide_with(), r"decide: optimizer\.step\(\) was not called"),
+    "decided twice, energy given": ("decided", decide_with(energy=_ONE), "decide: optimizer"),
     "late backward": ("decided", lambda gate, backward: backward(),
                       r"gate: a backward ran between decide\(\) and optimizer\.step\(\)"),
+    "foreseen before new_batch": ("built", foresee(), r"foresee: call new_batch\(\)"),
+    "foreseen twice": ("foreseen", foresee(), r"foresee: called twice without decide\(\)"),
+    "foreseen too late": ("decided", foresee(), r"foresee: optimizer\.step\(\) was not called"),
+    "foreseen by a vector": ("ready", foresee(torch.ones(2)), r"signal: expected one floating "
+                             r"value on cpu, got \(2,\)"),
     "energy of a shape": ("ready", decide_with(energy=torch.ones(2)), r"energy: expected one "
                           r"floating value on cpu, got \(2,\) torch\.float32 on cpu"),
     "energy of integers": ("ready", decide_with(energy=torch.tensor(1)), "energy: .*torch.int64"),
@@ -537,6 +596,8 @@ def test_misuse_is_refused_before_any_state_changes(misuse):
         backward()
     if when == "decided":
         gate.decide()
+    if when == "foreseen":
+        gate.foresee(_ONE)
 
     def now():
         own = [gate.state_dict()["state"], gate.found_inf, gate.grad_scale, gate.row_sq]

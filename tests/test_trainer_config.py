@@ -5,8 +5,17 @@ from dataclasses import replace
 import pytest
 from trainer_toys import TINY
 
-from python_trainer.__main__ import CONFIGS, arm_name, config_of, main, parser, task_options
-from python_trainer.compare import arm_configs
+from python_trainer.__main__ import (
+    CONFIGS,
+    arm_name,
+    config_of,
+    execute,
+    main,
+    parser,
+    read_toml,
+    task_options,
+)
+from python_trainer.compare import plan, read_run
 from python_trainer.config import ConfigError, TrainConfig
 from python_trainer.tasks import FAMILIES
 from python_trainer.tokenizer import FittedTokenizer
@@ -88,7 +97,68 @@ def test_compare_rejects_wrong_arms(arms, expected, tmp_path, capsys):
 
 
 def test_random_runs_after_the_arm_whose_uses_it_copies():
-    assert list(arm_configs(TINY, ["random", "dgg"])) == ["dgg", "random"]
+    asked = plan(TINY, ["random", "shuffled", "dgg"], [0])
+    assert list(asked.arms) == ["dgg", "random", "shuffled"]
+    assert asked.match == {"random": "dgg", "shuffled": "dgg"}
+
+
+PLAN = """
+seeds = [3, 4]
+num_iterations = 4
+[arms.single_use]
+num_iterations = 1
+[arms.squared]
+gate = "dgg"
+gate_squared = true
+[arms.its_control]
+gate = "shuffled"
+match = "squared"
+[grid]
+learning_rate = [1e-4, 2e-4]
+"""
+
+
+def test_a_file_may_hold_arms_seeds_and_a_grid(tmp_path, monkeypatch):
+    (tmp_path / "plan.toml").write_text(PLAN)
+    monkeypatch.setattr("python_trainer.compare.go_on", stop)
+    with pytest.raises(KeyboardInterrupt):
+        execute(parser().parse_args(["compare", "--config", str(tmp_path / "plan.toml"), "--out",
+                                     str(tmp_path / "run"), "--rollout-batches", "7"]))  # fmt: skip
+    asked = read_run(tmp_path / "run")
+    assert asked.seeds == [3, 4]
+    assert list(asked.arms) == [
+        f"{arm}@{rate}" for arm in ("single_use", "squared", "its_control") for rate in (1e-4, 2e-4)
+    ]
+    assert asked.match == {f"its_control@{rate}": f"squared@{rate}" for rate in (1e-4, 2e-4)}
+    assert asked.arms["single_use@0.0002"].num_iterations == 1
+    squared = asked.arms["squared@0.0001"]
+    assert squared.gate_squared and squared.learning_rate == 1e-4 and squared.rollout_batches == 7
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[arms.x]\ngate = 'shuffled'", "expected an arm whose uses x is to match"),
+        ("[arms.x]\ngate = 'random'\nmatch = 'y'", "expected y beside x"),
+        ("[arms.x]\nspeed = 3", "expected settings of TrainConfig, got 'speed'"),
+        ("[arms.x]\ngate_average = 'mean'", "gate_average: expected"),
+        ("[grid]\nspeed = [1, 2]", "expected settings of TrainConfig, got 'speed'"),
+        ("arms = 3", "arms: expected tables of settings, got 3"),
+        ("[arms]\ndgg = 3", "arms: expected tables of settings, got"),
+        ("[grid]\nlearning_rate = 1e-4", "grid: expected a list of values for each field, got"),
+        ("seeds = [1.5]", "seeds: expected a list of integers, got"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(text, expected, tmp_path, capsys):
+    (tmp_path / "plan.toml").write_text(text)
+    argv = ["compare", "--config", str(tmp_path / "plan.toml"), "--out", str(tmp_path / "run")]
+    assert main(argv) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_field_is_an_option():
@@ -98,7 +168,7 @@ def test_every_field_is_an_option():
 
 
 def test_arm_names_agree_with_compare():
-    for name, config in arm_configs(TINY, ["single_use", "fixed_k8", "dgg", "kl"]).items():
+    for name, config in plan(TINY, ["single_use", "fixed_k8", "dgg", "kl"], [0]).arms.items():
         assert arm_name(config) == name
     assert arm_name(replace(TINY, gate="off", num_iterations=3)) == "fixed_k3"
 
@@ -115,7 +185,8 @@ def test_settings_come_from_file_and_command_line(tmp_path):
     file = tmp_path / "my.toml"
     file.write_text('task = "math"\nbeta = 0.5\n[task_options]\ndataset = "chain_sum"\n')
     options = ["train", "--out", "x", "--config", str(file), "--beta", "0.25"]
-    config = config_of(parser().parse_args([*options, "--task-option", "max_digits=1"]))
+    args = parser().parse_args([*options, "--task-option", "max_digits=1"])
+    config = config_of(args, read_toml(args.config))
     assert config.beta == 0.25
     assert config.task_options == {"dataset": "chain_sum", "max_digits": 1}
 
@@ -136,8 +207,8 @@ def test_wrong_files_are_one_line(text, expected, tmp_path, capsys):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_settings_are_settings(path):
-    config = config_of(parser().parse_args(["train", "--out", "x", "--config", path.stem]))
-    assert config.task in FAMILIES
+    args = parser().parse_args(["train", "--out", "x", "--config", path.stem])
+    assert config_of(args, read_toml(path.stem)).task in FAMILIES
 
 
 def test_every_task_ships_its_settings():

@@ -273,10 +273,81 @@ def test_random_arm_has_the_requested_mean_use(mean, start):
     assert uses / 4000 == pytest.approx(mean, rel=0.05)
 
 
-def test_kl_arm_vetoes_above_its_limit_and_on_nan(start):
-    arm = make_arm(replace(TINY, gate="kl", kl_stop=0.1), start.policy)
-    assert not arm.vetoes(torch.tensor(0.05))
-    assert arm.vetoes(torch.tensor(0.2)) and arm.vetoes(torch.tensor(math.nan))
+@pytest.mark.parametrize(
+    ("gate", "name"), [("kl", "kl"), ("chi2", "gate/chi2")]
+)  # fmt: skip
+def test_an_arm_with_a_limit_shuts_above_it_and_on_nan(gate, name, start):
+    arm = make_arm(replace(TINY, gate=gate, kl_stop=0.1, chi2_stop=0.1), start.policy)
+    for value, shut in ((0.05, False), (0.2, True), (math.nan, True)):
+        arm.gate.new_batch()
+        arm.foresee({name: torch.tensor(value)})
+        assert arm.gate.is_shut() == shut
+
+
+def test_shuffled_uses_are_those_of_the_other_run_in_another_order(start):
+    counts = tuple(range(1, TINY.rollout_batches + 1))
+    arms = [
+        make_arm(replace(TINY, gate="shuffled", use_counts=counts, seed=seed), start.policy)
+        for seed in (0, 0, 1)
+    ]
+    used = [[sum(arm.allows(batch, use) for use in range(1, 20)) for batch in counts]
+            for arm in arms]  # fmt: skip
+    assert sorted(used[0]) == list(counts) and used[0] == used[1] != used[2]
+
+
+def set_gradients(arm, norm):
+    parameters = list(arm.policy.parameters())
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    for p in parameters:
+        p.grad *= norm / total
+
+
+def test_skip_step_skips_outliers_and_goes_on(start):
+    arm = make_arm(replace(TINY, gate="skip_step"), start.policy)
+    generator = torch.Generator().manual_seed(0)
+    applied = []
+    for i in range(200):
+        if i % TINY.num_iterations == 0:
+            arm.gate.new_batch()
+        normal = 0.1 + 0.01 * float(torch.randn((), generator=generator))
+        set_gradients(arm, 9.0 if i in (10, 100, 150) else normal)
+        arm.gate._backwards = 1  # as if the head had had its backward
+        arm.decide()
+        arm.optimizer.step()
+        applied.append(not arm.gate.is_shut())
+        assert arm.goes_on(applied[-1])
+    assert [i for i, a in enumerate(applied) if not a] == [100, 150]  # at 10 too little is known
+
+
+def test_zclip_follows_its_formula(start):
+    """Against the formula over plain floats, with a spike."""
+    arm = make_arm(replace(TINY, gate="zclip", max_grad_norm=1e9), start.policy)
+    generator = torch.Generator().manual_seed(0)
+    norms = [1.0 + 0.1 * float(torch.randn((), generator=generator)) for _ in range(40)]
+    norms[33] = 5.0
+    mean, variance, after = 0.0, 0.0, []
+    arm.gate.new_batch()
+    for i, norm in enumerate(norms):
+        set_gradients(arm, norm)
+        arm.gate._backwards = 1
+        arm.decide()
+        expected = norm
+        if i == 25:
+            mean = sum(norms[:25]) / 25
+            variance = sum((x - mean) ** 2 for x in norms[:25]) / 25
+        if i >= 25:
+            z = (norm - mean) / variance**0.5
+            if z > 2.5:
+                expected = mean + 2.5**2 / z * variance**0.5
+            mean = 0.97 * mean + 0.03 * expected
+            variance = 0.97 * variance + 0.03 * (expected - mean) ** 2
+        got = torch.nn.utils.get_total_norm([p.grad for p in arm.policy.parameters()])
+        assert float(got) == pytest.approx(expected, rel=1e-4)
+        after.append(expected)
+        arm.optimizer.step()
+    assert after[33] < 2 and arm.memory[0] == 25
 
 
 def make_arm(config, policy):

@@ -12,7 +12,7 @@ from trainer_toys import TINY
 
 from python_trainer import plots, report, results
 from python_trainer.__main__ import main
-from python_trainer.compare import arm_configs
+from python_trainer.compare import plan
 from python_trainer.config import ConfigError
 from python_trainer.files import MetricsLog, write_json
 from python_trainer.results import points, table, verdict
@@ -69,7 +69,7 @@ def run_row(arm, seed, finished=True):
 def make(tmp_path):
     def make(seeds, arms=ARMS, cut=(), **status):
         """A run directory; `cut` names the (arm, seed) that did not get to its end."""
-        configs = arm_configs(replace(TINY, num_generations=4), list(arms))
+        asked = plan(replace(TINY, num_generations=4), arms, list(seeds))
         runs = [run_row(arm, seed, (arm, seed) not in cut) for seed in seeds for arm in arms]
         for run in runs:
             arm, seed = run["arm"], run["seed"]
@@ -80,14 +80,11 @@ def make(tmp_path):
         summary = {
             "interrupted": False, "error": None, "versions": {"torch": "2"}, "commit": None,
             "warmups": {str(s): {"steps": 5, "accuracy": 0.2, "reached": True} for s in seeds},
-            "runs": runs, "config": {arm: asdict(config) for arm, config in configs.items()},
+            "runs": runs, "config": {arm: asdict(config) for arm, config in asked.arms.items()},
             **status,
         }  # fmt: skip
         write_json(tmp_path / "summary.json", summary)
-        asked = {arm: asdict(config) for arm, config in configs.items()}
-        write_json(
-            tmp_path / "run.json", {"arms": asked, "seeds": list(seeds), "match_random": True}
-        )
+        write_json(tmp_path / "run.json", asdict(asked))
         return summary
 
     make.out = tmp_path

@@ -19,9 +19,9 @@ from dgg_kernels import replay
 from python_trainer import checkpoint, compare, report, tasks
 from python_trainer.__main__ import main
 from python_trainer.config import CheckpointError, TaskError
-from python_trainer.files import MetricsLog, energies, read_metrics, write_atomically
+from python_trainer.files import MetricsLog, energies, read_metrics, use_counts, write_atomically
 from python_trainer.loop import Progress, prepare, train
-from python_trainer.stopping import ARMS, gate_config
+from python_trainer.stopping import ARMS, GATED, gate_config
 
 TOYS = {"digits": Digits, "echo": Echo, "fails": Fails}
 
@@ -55,8 +55,9 @@ def one_run(config, start, folder):
 
 @pytest.mark.parametrize("gate", list(ARMS))
 def test_same_seed_same_bytes_and_replay_repeats_the_decisions(gate, start, tmp_path):
-    # At tau = -1 the gate shuts often; a KL limit that re-use does exceed.
-    config = replace(TINY, gate=gate, gate_threshold=-1.0, kl_stop=1e-4)
+    # At tau = -1 the gate shuts often; limits that re-use does exceed.
+    config = replace(TINY, gate=gate, gate_threshold=-1.0, kl_stop=1e-4, chi2_stop=1e-4,
+                     use_counts=(1, 2, 3, 4, 5, 6))  # fmt: skip
     result, rows = one_run(config, start, tmp_path / "a")
     one_run(config, start, tmp_path / "b")
     texts = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in "ab"]
@@ -66,19 +67,22 @@ def test_same_seed_same_bytes_and_replay_repeats_the_decisions(gate, start, tmp_
     assert len(updates) == result.updates_attempted
     shut = [row["gate/shut"] for row in updates]
     assert result.updates_applied == shut.count(False)
-    assert any(shut) == (gate in ("dgg", "global_norm", "kl"))
-    if gate == "kl":  # its veto is the host's, before the gate decides
-        assert all(row["kl"] > config.kl_stop for row in updates if row["gate/shut"])
+    limited = {"kl": "kl", "chi2": "gate/chi2"}
+    assert any(shut) == (gate in (*GATED, *limited))
+    if gate in limited:
+        assert all((row[limited[gate]] > 1e-4) == row["gate/shut"] for row in updates)
         return
-    decisions = [
-        d for batch in replay(energies(rows), gate_config(config, start.policy)) for d in batch
-    ]
+    signal = "loss" if gate == "gain" else "gate/energy"
+    logged = energies([{**row, "gate/energy": row.get(signal)} for row in rows])
+    decisions = [d for batch in replay(logged, gate_config(config, start.policy)) for d in batch]
     assert [d.shut for d in decisions] == shut
     for decision, row in zip(decisions, updates, strict=True):
         assert decision.z == row["gate/z"] or (math.isnan(decision.z) and math.isnan(row["gate/z"]))
     for row in updates:
-        if row["gate/shut"]:
+        if row["gate/shut"] and gate != "gain":
             assert row["dwd/lm_head"] == row["dwd/middle"] == 0.0
+        elif row["gate/shut"]:  # no backward was paid for
+            assert math.isnan(row["gate/energy"]) and math.isnan(row["dwd/lm_head"])
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
@@ -124,9 +128,8 @@ def test_learning_rate_follows_applied_updates(start, tmp_path):
 
 
 def test_compare_writes_what_the_summary_promises(tmp_path):
-    names = ["random", "single_use", "fixed_k8", "dgg"]
-    arms, seeds = compare.arm_configs(TINY, names), [0, 3]
-    compare.begin(arms, tmp_path, seeds)
+    arms, seeds = ["random", "shuffled", "single_use", "fixed_k8", "dgg"], [0, 3]
+    compare.begin(compare.plan(TINY, arms, seeds), tmp_path)
     summary = compare.go_on(tmp_path, Console(quiet=True))
     report.write(tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
@@ -146,6 +149,12 @@ def test_compare_writes_what_the_summary_promises(tmp_path):
         single = read_metrics(tmp_path / "single_use" / f"seed-{seed}" / "metrics.jsonl")
         assert first["reward"] == next(r for r in single if r["type"] == "update")["reward"]
     assert runs["fixed_k8", 0]["mean_uses"] == 8.0
+    for seed in seeds:  # as many updates, of other batches
+        counts = {
+            arm: use_counts(read_metrics(tmp_path / arm / f"seed-{seed}" / "metrics.jsonl"))
+            for arm in arms
+        }
+        assert sorted(counts["shuffled"]) == sorted(counts["dgg"])
     logs = [tmp_path / "dgg" / f"seed-{seed}" / "metrics.jsonl" for seed in seeds]
     assert logs[0].read_bytes() != logs[1].read_bytes()
     assert summary["versions"]["torch"] and "commit" in summary
@@ -158,7 +167,7 @@ def test_compare_writes_what_the_summary_promises(tmp_path):
     for run in (*again["runs"], *summary["runs"]):
         del run["seconds"], run["wall_s"]  # the last save's is not in what it saved
     assert again["runs"] == summary["runs"] and again["warmups"] == summary["warmups"]
-    compare.begin({"dgg": TINY}, tmp_path, [0])
+    compare.begin(compare.Plan({"dgg": TINY}, [0]), tmp_path)
     assert not list(tmp_path.glob("*/*/*")) and not list(tmp_path.glob("*.png"))
 
 
@@ -166,7 +175,7 @@ def options_of(config):
     return [
         f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in asdict(config).items()
-        if name not in ("task_options", "task") and value is not None
+        if name not in ("task_options", "task", "use_counts") and value is not None
     ]
 
 

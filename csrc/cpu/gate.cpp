@@ -26,7 +26,7 @@ void new_batch_cpu(Tensor state, Tensor found_inf) {
 
 void decide_cpu(Tensor state, const Tensor& signal, bool squares,
                 const std::optional<Tensor>& total_norm, double max_grad_norm, Tensor found_inf,
-                Tensor grad_scale, const std::optional<Tensor>& header) {
+                Tensor grad_scale, const std::optional<Tensor>& header, int64_t phase) {
   check_state(state);
   check_scalar(found_inf, "found_inf");
   check_scalar(grad_scale, "grad_scale");
@@ -43,7 +43,7 @@ void decide_cpu(Tensor state, const Tensor& signal, bool squares,
   }
   double* s = static_cast<double*>(state.mutable_data_ptr());
   const double energy = is_double ? total<double>(signal, squares) : total<float>(signal, squares);
-  gate_step(s, energy, norm, total_norm.has_value());
+  gate_decide(s, (Phase)phase, energy, norm, total_norm.has_value());
   *static_cast<float*>(found_inf.mutable_data_ptr()) = (float)s[SHUT];
   // A shut update divides nothing, so that its gradient stays as it was computed.
   *static_cast<float*>(grad_scale.mutable_data_ptr()) =

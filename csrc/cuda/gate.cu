@@ -23,7 +23,7 @@ constexpr int THREADS = 1024;
 template <typename T>
 __global__ void decide_kernel(double* state, const T* signal, int64_t count, bool squares,
                               const float* total_norm, double max_grad_norm, float* found_inf,
-                              float* grad_scale, double* header) {
+                              float* grad_scale, double* header, int64_t phase) {
   __shared__ double partial[THREADS];
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += THREADS) sum += (double)signal[i];
@@ -35,7 +35,8 @@ __global__ void decide_kernel(double* state, const T* signal, int64_t count, boo
   }
   if (threadIdx.x != 0) return;
   const double norm = total_norm ? (double)*total_norm : NAN;
-  gate_step(state, squares ? sqrt(partial[0]) : partial[0], norm, total_norm != nullptr);
+  const double energy = squares ? sqrt(partial[0]) : partial[0];
+  gate_decide(state, (Phase)phase, energy, norm, total_norm != nullptr);
   *found_inf = (float)state[SHUT];
   *grad_scale = total_norm && state[SHUT] == 0 ? clip_divisor(norm, max_grad_norm) : 1.0f;
   if (header == nullptr) return;
@@ -76,7 +77,7 @@ void new_batch_cuda(Tensor state, Tensor found_inf) {
 
 void decide_cuda(Tensor state, const Tensor& signal, bool squares,
                  const std::optional<Tensor>& total_norm, double max_grad_norm, Tensor found_inf,
-                 Tensor grad_scale, std::optional<Tensor> header) {
+                 Tensor grad_scale, std::optional<Tensor> header, int64_t phase) {
   check_state(state);
   check_scalar(found_inf, "found_inf");
   check_scalar(grad_scale, "grad_scale");
@@ -91,7 +92,7 @@ void decide_cuda(Tensor state, const Tensor& signal, bool squares,
         total_norm ? static_cast<const float*>(total_norm->const_data_ptr()) : nullptr,
         max_grad_norm, static_cast<float*>(found_inf.mutable_data_ptr()),
         static_cast<float*>(grad_scale.mutable_data_ptr()),
-        header ? static_cast<double*>(header->mutable_data_ptr()) : nullptr);
+        header ? static_cast<double*>(header->mutable_data_ptr()) : nullptr, phase);
   };
   if (signal.scalar_type() == ScalarType::Double) {
     launch(static_cast<const double*>(signal.const_data_ptr()));

@@ -1,0 +1,115 @@
+"""What the evidence is computed with: known numbers, a record's way there and back, the oracle."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from trainer_toys import TINY, Digits
+
+from benchmarks import evidence, oracle
+from benchmarks.evidence import Run, difference, holm
+from python_trainer import compare
+from python_trainer.files import read_metrics
+from python_trainer.loop import prepare
+
+
+def made(arm, seed, accuracies, uses=1):
+    rows = [{"type": "eval", "rollouts": 4 * i, "accuracy": a} for i, a in enumerate(accuracies)]
+    rows += [{"type": "update", "rollouts": 1, "gate/shut": False}] * uses
+    return Run(arm, seed, rows)
+
+
+def test_metrics_of_known_curves():
+    single = made("single_use", 0, [0.2, 0.3, 0.4, 0.5, 0.5, 0.6, 0.5, 0.7], uses=3)
+    other = made("dgg", 0, [0.2, 0.5, 0.6, 0.9, 0.9, 0.7, 0.6, 0.7])
+    assert single.late == pytest.approx(0.6)
+    assert evidence.speedup(single, single) == 1.0
+    assert evidence.speedup(other, single) == 20 / 8  # 0.6 is reached at batch 20, and at 8
+    assert evidence.collapsed(other) == 1.0 and evidence.collapsed(single) == 0.0
+    assert evidence.METRICS["curve mean"](single, None) == pytest.approx(46.25)
+    assert evidence.METRICS["uses"](single, None) == 3
+    never = made("dgg", 0, [0.2] * 8)
+    assert evidence.speedup(never, single) == 20 / 28
+
+
+def test_paired_differences_and_their_intervals():
+    gains = [0.01, 0.02, 0.03, 0.02, 0.04, 0.00, 0.03, 0.01]
+    runs = {
+        "a": {s: made("a", s, [0.5 + 0.1 * s + gain]) for s, gain in enumerate(gains)},
+        "b": {s: made("b", s, [0.5 + 0.1 * s]) for s in range(8)},
+    }
+    found = difference(runs, "a", "b", "curve mean")
+    assert found.mean == pytest.approx(2.0) and found.n == 8 and found.wins == 7
+    # s = 1.3093, t(7, 0.975) = 2.3646
+    assert found.t_interval == pytest.approx((2 - 1.0946, 2 + 1.0946), abs=1e-3)
+    assert 1.0 < found.bootstrap[0] < 1.5 < 2.5 < found.bootstrap[1] < 3.0
+    assert found.p == pytest.approx(0.00353, abs=1e-4)
+    alone = difference({"a": runs["a"], "b": {0: runs["b"][0]}}, "a", "b", "curve mean")
+    assert math.isnan(alone.p) and alone.n == 1
+
+
+def test_holm():
+    got = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert got == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_a_record_goes_there_and_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "make_task", lambda name, options: Digits())
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(evidence.common, "ROOT", tmp_path / "here" / "benchmarks")
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    (tmp_path / "here" / "docs" / "images").mkdir(parents=True)
+    arms = ["single_use", "dgg", "shuffled", "global_norm"]
+    for seed in (0, 1):
+        out = tmp_path / str(seed)
+        compare.begin(compare.plan(TINY, arms, [seed]), out)
+        compare.go_on(out, Console(quiet=True))
+    evidence.record([tmp_path / "0", tmp_path / "1"], "toy")
+    runs, about = evidence.read("toy")
+    assert len(about) == 2 and about[0]["commit"] == about[1]["commit"]
+    assert {arm: sorted(of) for arm, of in runs.items()} == {arm: [0, 1] for arm in arms}
+    rows = read_metrics(tmp_path / "1" / "dgg" / "seed-1" / "metrics.jsonl")
+    updates = [row for row in rows if row["type"] == "update"]
+    mine = [row for row in runs["dgg"][1].rows if row["type"] == "update"]
+    assert [row["gate/shut"] for row in mine] == [row["gate/shut"] for row in updates]
+    assert mine[0]["kl"] == pytest.approx(updates[0]["kl"], rel=1e-5)
+    evidence.report("toy")
+    text = (tmp_path / "results" / "toy.md").read_text()
+    assert "| Single use | 2 |" in text and "H4: DGG − DGG's counts, shuffled" in text
+    assert len(list((tmp_path / "here" / "docs" / "images").glob("evidence_toy_*.png"))) == 2
+
+
+def test_the_best_rate_of_every_arm():
+    runs = {
+        f"{arm}@{rate}": {0: made(arm, 0, [value])}
+        for arm, rate, value in (
+            ("a", 1e-4, 0.5),
+            ("a", 2e-4, 0.6),
+            ("b", 2e-4, 0.4),
+            ("b", 1e-4, 0.4),
+        )
+    }
+    assert evidence.best_rates(runs) == {"a": "0.0002", "b": "0.0001"}
+
+
+def test_the_oracle_keeps_the_best_prefix(tmp_path):
+    """And its effects are what they say: `best` begins each batch where the last was best."""
+    config = replace(TINY, gate="off", num_iterations=3, learning_rate=3e-2)
+    start = prepare(config, Digits())
+    effects = {}
+    for keep in ("best", "all"):
+        (tmp_path / keep).mkdir()
+        oracle.one(config, start, tmp_path / keep, keep, lambda _: None)
+        lines = (tmp_path / keep / "effects.jsonl").read_text().splitlines()
+        effects[keep] = [json.loads(line)["accuracy"] for line in lines]
+        assert [len(batch) for batch in effects[keep]] == [4] * config.rollout_batches
+    for before, after in zip(effects["all"], effects["all"][1:], strict=False):
+        assert after[0] == before[-1]
+    # Before the first update of all there is nothing to go back to.
+    ends = [max(effects["best"][0][1:]), *(max(batch) for batch in effects["best"][1:])]
+    assert [batch[0] for batch in effects["best"][1:]] == pytest.approx(ends[:-1], abs=1e-6)
+    assert any(end > batch[-1] for end, batch in zip(ends, effects["best"], strict=True))
