@@ -164,7 +164,7 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
     runs: dict[tuple[str, int], Progress] = {}
     warmups: dict[str, dict[str, Any]] = _warmups_so_far(out)
     configs: dict[str, TrainConfig] = {}
-    status: dict[str, Any] = {"interrupted": False, "error": None}
+    status: dict[str, Any] = {"interrupted": False, "error": None, "match": asked.match}
 
     def write_summary() -> dict[str, Any]:
         summary = summarise(configs, runs, warmups, status)
@@ -177,10 +177,10 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
             start: WarmStart | None = None
             for name, shared in asked.arms.items():
                 config = replace(shared, seed=seed)
+                configs[name] = shared
                 folder = out / name / f"seed-{seed}"
                 if name in asked.match:
                     config = matched(config, folder.parents[1] / asked.match[name] / folder.name)
-                configs[name] = config
                 done = checkpoint.progress_in(folder / "checkpoints")
                 if done is not None and done["finished"]:
                     runs[name, seed] = Progress(**done)
@@ -286,6 +286,9 @@ def summarise(
     status: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of `summary.json`.
+
+    `config` is what the seeds of an arm share; what an arm in `match` has of another one is not in
+    it, but in its runs' `mean_uses`.
 
     Per run: `final_accuracy` is the last evaluation's, `late_accuracy` the mean of the last quarter
     of the evaluations (an arm that swings can end high or low by luck).

@@ -19,17 +19,17 @@ class Killed(Exception):
     pass
 
 
-def config(parallel: str) -> TrainConfig:
+def config(parallel: str, gate: str) -> TrainConfig:
     """Eight episodes are sampled at a time, so that it does not matter who samples them."""
     return replace(
-        TINY, parallel=parallel, generation_batch_size=8, grad_eps=0.0, micro_batch_size=4,
+        TINY, parallel=parallel, gate=gate, generation_batch_size=8, grad_eps=0.0, micro_batch_size=4,
         gate_threshold=0.0, save_every=2, lr_warmup=3, loss_type="dapo", scale_rewards="batch",
     )  # fmt: skip
 
 
-def main(parallel: str, out: str, updates: str = "") -> None:
+def main(parallel: str, out: str, gate: str, updates: str = "") -> None:
     """Train; stop after so many updates if told to. All that is left is what `train` writes."""
-    settings = config(parallel)
+    settings = config(parallel, gate)
 
     def stop(progress: Progress) -> None:
         if updates and progress.updates_attempted >= int(updates):

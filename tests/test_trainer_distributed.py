@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -16,13 +17,13 @@ from python_trainer.files import read_metrics
 SCRIPT = Path(__file__).with_name("distributed_trainer.py")
 
 
-def run(processes: int, parallel: str, out: Path, *updates: str) -> None:
+def run(processes: int, parallel: str, out: Path, *updates: str, gate: str = "dgg") -> None:
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)])
     subprocess.run(
-        [*command, str(SCRIPT), parallel, str(out), *updates], check=True, timeout=240,
+        [*command, str(SCRIPT), parallel, str(out), gate, *updates], check=True, timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
     )  # fmt: skip
 
@@ -63,6 +64,16 @@ def test_two_processes_train_what_one_does(parallel, alone, tmp_path):
     shut = [row["gate/shut"] for row in read_metrics(tmp_path / "metrics.jsonl")
             if row["type"] == "update"]  # fmt: skip
     assert any(shut) and not all(shut)
+
+
+def test_a_backward_is_left_out_by_all_processes_or_none(tmp_path):
+    """Under DDP, which waits for every gradient that it was told of; and so do collectives."""
+    for processes in (1, 2):
+        run(processes, "ddp", tmp_path / str(processes), gate="gain")
+    held_to(tmp_path / "2", tmp_path / "1")
+    rows = read_metrics(tmp_path / "2" / "metrics.jsonl")
+    shut = [row for row in rows if row["type"] == "update" and row["gate/shut"]]
+    assert shut and all(math.isnan(row["grad_norm"]) for row in shut)
 
 
 def test_two_processes_go_on_where_one_stopped_and_the_other_way_round(alone, tmp_path):
