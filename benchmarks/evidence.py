@@ -10,6 +10,7 @@ Several run directories (some seeds each, say, on several machines) become one r
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import lzma
 import math
@@ -33,7 +34,7 @@ FOLDER = common.RESULTS / "evidence"
 KEPT = (
     "type", "step", "rollouts", "updates_applied", "reward", "loss", "kl", "entropy", "clip_ratio",
     "grad_norm", "gate/energy", "gate/z", "gate/chi2", "gate/shut", "gate/reuse", "dwd/lm_head",
-    "dwd/middle", "accuracy",
+    "dwd/middle", "accuracy", "accuracies",
 )  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def record(folders: Sequence[Path], name: str) -> Path:
                 file.write(json.dumps({"type": "run", **place, "wall_s": run["wall_s"]}) + "\n")
                 log = folder / run["arm"] / f"seed-{run['seed']}" / "metrics.jsonl"
                 for row in read_metrics(log):
-                    if row["type"] in ("update", "eval"):
+                    if row["type"] != "episode":
                         kept = {k: _short(row[k]) for k in KEPT if k in row}
                         file.write(json.dumps(kept) + "\n")
     return path
@@ -176,6 +177,8 @@ class Difference:
     n: int
 
     def __str__(self) -> str:
+        if math.isnan(self.p):
+            return f"{self.mean:+.2f} | - | - | {self.wins} of {self.n} | -"
         (a, b), (c, d) = self.t_interval, self.bootstrap
         return (
             f"{self.mean:+.2f} | {a:+.2f} to {b:+.2f} | {c:+.2f} to {d:+.2f} | "
@@ -227,6 +230,74 @@ HYPOTHESES: dict[str, list[tuple[str, str, str, bool]]] = {
 }  # fmt: skip
 
 
+# A signal of an update, from its row and that of the use before it; high is taken to be bad.
+AHEAD: dict[str, Callable[[dict[str, Any], dict[str, Any]], float]] = {
+    "loss, increment": lambda row, last: row["loss"] - last["loss"],
+    "lm_head norm, increment": lambda row, last: row["gate/energy"] - last["gate/energy"],
+    "lm_head norm squared, increment":
+        lambda row, last: row["gate/energy"] ** 2 - last["gate/energy"] ** 2,
+    "lm_head norm": lambda row, last: row["gate/energy"],
+    "global norm, increment": lambda row, last: row["grad_norm"] - last["grad_norm"],
+    "global norm": lambda row, last: row["grad_norm"],
+    "KL": lambda row, last: row["kl"],
+    "χ²": lambda row, last: row["gate/chi2"],
+    "clip share": lambda row, last: row["clip_ratio"],
+    "entropy, low": lambda row, last: -row["entropy"],
+}  # fmt: skip
+
+
+def effects(run: Run) -> dict[int, list[tuple[float, dict[str, float]]]]:
+    """Use index (from 2) -> change of accuracy by each update, and what was known before it."""
+    after = {row["rollouts"]: row["accuracies"] for row in run.rows if row["type"] == "effect"}
+    found: dict[int, list[tuple[float, dict[str, float]]]] = {}
+    updates = [row for row in run.rows if row["type"] == "update"]
+    for last, row in itertools.pairwise(updates):
+        if (use := row["gate/reuse"]) > 1:
+            seen = after[row["rollouts"]]
+            told = {name: signal(row, last) for name, signal in AHEAD.items()}
+            found.setdefault(use, []).append((seen[use] - seen[use - 1], told))
+    return found
+
+
+def auc(runs: Iterable[Run], name: str) -> float:
+    """How often a harmful update has the higher signal, in pairs of one run and use index."""
+    won, pairs = 0.0, 0
+    for run in runs:
+        for of in effects(run).values():
+            harmful = [told[name] for effect, told in of if effect < 0]
+            others = [told[name] for effect, told in of if effect >= 0]
+            if harmful and others:
+                won += float(stats.mannwhitneyu(harmful, others).statistic)
+                pairs += len(harmful) * len(others)
+    return won / pairs if pairs else math.nan
+
+
+def effects_tables(runs: Runs) -> Iterator[str]:
+    """Share of harmful updates by use; AUC of every signal; of the arms that tried all uses."""
+    arms = [arm for arm in runs if any(r["type"] == "effect" for r in _any(runs[arm]).rows)]
+    if not arms:
+        return
+    uses = sorted(effects(_any(runs[arms[0]])))
+    yield "| harmful updates at use | " + " | ".join(map(str, uses)) + " |"
+    yield "|---" * (len(uses) + 1) + "|"
+    for arm in arms:
+        shares = [
+            fmean(effect < 0 for run in runs[arm].values() for effect, _ in effects(run)[use])
+            for use in uses
+        ]
+        yield f"| {label(arm)} | " + " | ".join(f"{share:.0%}" for share in shares) + " |"
+    yield ""
+    yield "| AUC within a use index | " + " | ".join(label(arm) for arm in arms) + " |"
+    yield "|---" * (len(arms) + 1) + "|"
+    for name in AHEAD:
+        found = [auc(runs[arm].values(), name) for arm in arms]
+        yield f"| {name} | " + " | ".join(f"{value:.3f}" for value in found) + " |"
+
+
+def _any(of: dict[int, Run]) -> Run:
+    return next(iter(of.values()))
+
+
 # -- tables ---------------------------------------------------------------------------------------
 
 
@@ -264,7 +335,8 @@ def verdicts_table(runs: Runs) -> Iterator[str]:
     yield "| comparison | mean | 95 % (t) | 95 % (BCa) | seeds above 0 | p | Holm |"
     yield "|---|---|---|---|---|---|---|"
     for name, of in found.items():
-        yield f"| {name} | {of} | {adjusted.get(name, math.nan):.3f} |"
+        level = f"{adjusted[name]:.3f}" if name in adjusted else "-"
+        yield f"| {name} | {of} | {level} |"
 
 
 def label(arm: str) -> str:
@@ -278,6 +350,7 @@ LABELS = {
     "dgg_squared": "DGG, squared norm", "shuffled_squared": "its counts, shuffled",
     "gain": "Gain gate", "shuffled_gain": "Gain gate's counts, shuffled", "chi2": "χ² stop",
     "shuffled_kl": "KL stop's counts, shuffled", "middle_norm": "Middle-layer gate",
+    "oracle": "Hindsight oracle, K=8", "all_uses": "Fixed K=8, effects recorded",
     "skip_step": "SkipStep, K=8", "zclip": "ZClip, K=8", "random": "Random stop (DGG's mean)",
 }  # fmt: skip
 
@@ -293,42 +366,66 @@ def best_rates(runs: Runs) -> dict[str, str]:
 
 # -- figures --------------------------------------------------------------------------------------
 
+STYLED = ("single_use", "fixed_k4", "fixed_k8", "dgg", "random", "kl", "global_norm")
 
-def curves(runs: Runs, arms: Sequence[str]) -> Any:
-    """Held-out accuracy against rollout batches: mean over the seeds, ± one standard error."""
+
+def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
-    ax = figure.subplots()
-    for i, arm in enumerate(a for a in arms if a in runs):
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _colour(arm: str, i: int) -> tuple[str, str]:
+    """Colour and dash: an arm's own, where it has them."""
+    _, colour, dash = style(arm)
+    return (colour, dash) if arm in STYLED else (f"C{i}", "-")
+
+
+def _band(ax: Any, x: Sequence[float], lines: np.ndarray, arm: str, i: int) -> None:
+    """Mean of [seeds, x], and one standard error."""
+    mean, (colour, dash) = lines.mean(0), _colour(arm, i)
+    ax.plot(x, mean, dash, color=colour, label=label(arm))
+    if len(lines) > 1:
+        error = lines.std(0, ddof=1) / len(lines) ** 0.5
+        ax.fill_between(x, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+
+
+def curves(runs: Runs) -> Any:
+    """Held-out accuracy against rollout batches, and uses of a batch over time."""
+    figure, axes = _panels(1, 2, 13, 5)
+    left, right = axes[0]
+    chosen = ("single_use", "fixed_k2", "fixed_k4", "fixed_k8", "dgg", "shuffled", "gain", "kl")
+    for i, arm in enumerate(arm for arm in chosen if arm in runs):
         batches = [n for n, _ in next(iter(runs[arm].values())).curve]
         grid = 100 * np.array([run.values for run in runs[arm].values()])
-        mean, error = grid.mean(0), grid.std(0, ddof=1) / len(grid) ** 0.5
-        _, colour, dash = style(arm)
-        colour = colour if arm in STYLED else f"C{i}"
-        ax.plot(batches, mean, dash, color=colour, label=label(arm))
-        ax.fill_between(batches, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
-    ax.set(xlabel="rollout batches", ylabel="held-out accuracy (%)")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, loc="lower right")
+        _band(left, batches, grid, arm, i)
+        if arm in ("dgg", "gain", "kl"):
+            counts = np.array([use_counts(run.rows) for run in runs[arm].values()], dtype=float)
+            width = 15
+            smooth = np.apply_along_axis(
+                np.convolve, 1, counts, np.ones(width) / width, mode="valid"
+            )
+            _band(right, np.arange(smooth.shape[1]) + width / 2, smooth, arm, i)
+    left.set(xlabel="rollout batches", ylabel="held-out accuracy (%)")
+    right.set(xlabel="rollout batches", ylabel="uses of a batch (moving mean of 15)")
+    left.legend(frameon=False, loc="lower right")
     return figure
-
-
-STYLED = ("single_use", "fixed_k4", "fixed_k8", "dgg", "random", "kl", "global_norm")
 
 
 def intervals(runs: Runs) -> Any:
     """Every comparison in points of the curve mean, with both intervals."""
-    from matplotlib.figure import Figure
-
     rows = [
         (f"{name}: {label(arm)} − {label(other)}", difference(runs, arm, other, "curve mean"))
         for name, comparisons in HYPOTHESES.items()
         for arm, other, metric, _ in comparisons
         if metric == "curve mean" and arm in runs and other in runs
     ]
-    figure = Figure(figsize=(9, 0.9 + 0.36 * len(rows)), dpi=110, layout="constrained")
-    ax = figure.subplots()
+    figure, axes = _panels(1, 1, 9, 0.9 + 0.36 * len(rows))
+    ax = axes[0, 0]
     for y, (_, d) in enumerate(rows):
         ax.plot(d.t_interval, (y, y), color="#0072B2", linewidth=1.2)
         ax.plot(d.bootstrap, (y, y), color="#0072B2", linewidth=4, alpha=0.35)
@@ -337,15 +434,71 @@ def intervals(runs: Runs) -> Any:
     ax.set_yticks(range(len(rows)), [name for name, _ in rows])
     ax.invert_yaxis()
     ax.set_xlabel("difference of the curve mean, points (thin: 95 % by t, thick: by BCa bootstrap)")
-    ax.spines[["top", "right"]].set_visible(False)
     return figure
 
 
+# What the paper holds side by side before a collapse; the lm_head's norm and increment are its own.
+SIGNALS = {
+    "gate/energy": "lm_head gradient norm", "grad_norm": "global gradient norm",
+    "kl": "KL(old ‖ new), nats a token", "clip_ratio": "share of tokens clipped",
+    "entropy": "entropy, nats a token", "dwd/lm_head": "step of the lm_head, relative",
+    "dwd/middle": "step of a middle layer, relative",
+}  # fmt: skip
+AROUND = 24  # rollout batches before and after
+
+
+def collapse(run: Run) -> int | None:
+    """Rollout batches at the largest fall between two evaluations, if it is five points or more."""
+    falls = [(a - b, n) for (_, a), (n, b) in itertools.pairwise(run.curve)]
+    worst, at = max(falls)
+    return at if worst >= 0.05 and AROUND <= at <= run.curve[-1][0] - AROUND else None
+
+
+def signals(runs: Runs, arm: str = "fixed_k8") -> Any:
+    """Signals of fixed re-use around its falls, over the runs' own medians; None if it has none."""
+    falls = {seed: at for seed, run in runs.get(arm, {}).items() if (at := collapse(run))}
+    if not falls:
+        return None
+    figure, axes = _panels(2, 4, 14, 6.4)
+    place = np.arange(-AROUND, AROUND + 1)
+    first, *others = axes.flat
+    for ax, (name, title) in zip(others, SIGNALS.items(), strict=True):
+        for which, colour in (("first use", "#777777"), ("last use", "#D55E00")):
+            lines = [_around(runs[arm][seed], name, which, at) for seed, at in falls.items()]
+            ax.plot(place, np.nanmedian(lines, axis=0), color=colour, label=which)
+            low, high = np.nanpercentile(lines, (20, 80), axis=0)
+            ax.fill_between(place, low, high, color=colour, alpha=0.15, linewidth=0)
+        ax.axvline(0, color="#000000", linewidth=0.8, linestyle=":")
+        ax.set_title(title, fontsize=10)
+    for seed, at in falls.items():
+        near = [(n - at, 100 * a) for n, a in runs[arm][seed].curve if abs(n - at) <= AROUND]
+        first.plot(*zip(*near, strict=True), color="#999999", linewidth=0.8)
+    first.axvline(0, color="#000000", linewidth=0.8, linestyle=":")
+    first.set_title(f"held-out accuracy (%), {len(falls)} falls", fontsize=10)
+    others[0].legend(frameon=False)
+    figure.supxlabel("rollout batches from the evaluation that shows the fall", fontsize=10)
+    return figure
+
+
+def _around(run: Run, name: str, which: str, at: int) -> list[float]:
+    """A signal's first or last use in every batch around `at`, over its median in the whole run."""
+    by_batch: dict[int, list[float]] = {}
+    for row in run.rows:
+        if row["type"] == "update" and row.get(name) is not None:
+            by_batch.setdefault(row["rollouts"], []).append(row[name])
+    use = 0 if which == "first use" else -1
+    middle = np.median([of[use] for of in by_batch.values()])
+    scale = 1.0 if name in ("kl", "clip_ratio", "entropy") else middle
+    return [
+        by_batch[n][use] / scale if n in by_batch else math.nan
+        for n in range(at - AROUND, at + AROUND + 1)
+    ]
+
+
 FIGURES: dict[str, Callable[[Runs], Any]] = {
-    "curves": lambda runs: curves(
-        runs, ("single_use", "fixed_k2", "fixed_k4", "fixed_k8", "dgg", "shuffled", "gain", "kl")
-    ),
+    "curves": curves,
     "intervals": intervals,
+    "signals": signals,
 }
 
 
@@ -362,11 +515,12 @@ def report(name: str) -> None:
             + ", ".join(f"{label(arm)} {rate}" for arm, rate in best_rates(runs).items()),
         ]
     else:
-        lines += ["", *verdicts_table(runs)]
-        for figure, draw in FIGURES.items():
-            path = common.ROOT.parent / "docs" / "images" / f"evidence_{name}_{figure}.png"
-            draw(runs).savefig(path, metadata={"Software": None})
-            print(path)
+        lines += ["", *verdicts_table(runs), "", *effects_tables(runs)]
+        for title, draw in FIGURES.items():
+            path = common.ROOT.parent / "docs" / "images" / f"evidence_{name}_{title}.png"
+            if (figure := draw(runs)) is not None:
+                figure.savefig(path, metadata={"Software": None})
+                print(path)
     (FOLDER / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

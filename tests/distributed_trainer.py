@@ -22,8 +22,9 @@ class Killed(Exception):
 def config(parallel: str, gate: str) -> TrainConfig:
     """Eight episodes are sampled at a time, so that it does not matter who samples them."""
     return replace(
-        TINY, parallel=parallel, gate=gate, generation_batch_size=8, grad_eps=0.0, micro_batch_size=4,
-        gate_threshold=0.0, save_every=2, lr_warmup=3, loss_type="dapo", scale_rewards="batch",
+        TINY, parallel=parallel, gate=gate, generation_batch_size=8, grad_eps=0.0,
+        micro_batch_size=4, gate_threshold=0.0, save_every=2, lr_warmup=3,
+        loss_type="dapo", scale_rewards="batch",
     )  # fmt: skip
 
 

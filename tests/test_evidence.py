@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
@@ -97,19 +96,22 @@ def test_the_best_rate_of_every_arm():
 
 
 def test_the_oracle_keeps_the_best_prefix(tmp_path):
-    """And its effects are what they say: `best` begins each batch where the last was best."""
+    """And its effects are what they say: it begins each batch where the last was best."""
     config = replace(TINY, gate="off", num_iterations=3, learning_rate=3e-2)
     start = prepare(config, Digits())
     effects = {}
-    for keep in ("best", "all"):
-        (tmp_path / keep).mkdir()
-        oracle.one(config, start, tmp_path / keep, keep, lambda _: None)
-        lines = (tmp_path / keep / "effects.jsonl").read_text().splitlines()
-        effects[keep] = [json.loads(line)["accuracy"] for line in lines]
-        assert [len(batch) for batch in effects[keep]] == [4] * config.rollout_batches
-    for before, after in zip(effects["all"], effects["all"][1:], strict=False):
+    for arm in ("oracle", "all_uses"):
+        oracle.one(arm, config, start, tmp_path / arm, lambda _: None)
+        rows = read_metrics(tmp_path / arm / "metrics.jsonl")
+        effects[arm] = [row["accuracies"] for row in rows if row["type"] == "effect"]
+        assert [len(batch) for batch in effects[arm]] == [4] * config.rollout_batches
+        told = evidence.effects(Run(arm, 0, rows))
+        assert {use: len(of) for use, of in told.items()} == dict.fromkeys((2, 3), 6)
+        assert told[3][0][0] == effects[arm][0][3] - effects[arm][0][2]
+        assert 0 <= evidence.auc([Run(arm, 0, rows)], "KL") <= 1
+    for before, after in zip(effects["all_uses"], effects["all_uses"][1:], strict=False):
         assert after[0] == before[-1]
     # Before the first update of all there is nothing to go back to.
-    ends = [max(effects["best"][0][1:]), *(max(batch) for batch in effects["best"][1:])]
-    assert [batch[0] for batch in effects["best"][1:]] == pytest.approx(ends[:-1], abs=1e-6)
-    assert any(end > batch[-1] for end, batch in zip(ends, effects["best"], strict=True))
+    ends = [max(effects["oracle"][0][1:]), *(max(batch) for batch in effects["oracle"][1:])]
+    assert [batch[0] for batch in effects["oracle"][1:]] == pytest.approx(ends[:-1], abs=1e-6)
+    assert any(end > batch[-1] for end, batch in zip(ends, effects["oracle"], strict=True))
