@@ -232,7 +232,8 @@ def linear_logprob(
     if target.device.type != "cpu":
         logp = logp * torch.where(outside, torch.nan, 1.0)  # NaN, forward and backward
     screen_stats = stats(report, shape) if codes else None
-    logp, entropy, lse, sum_p2 = (o.reshape(shape) for o in (logp, entropy, lse, sum_p2))
+    if len(shape) != 1:  # of one dimension already: FSDP2 warns of outputs that are views
+        logp, entropy, lse, sum_p2 = (o.reshape(shape) for o in (logp, entropy, lse, sum_p2))
     return LogprobOutput(logp, entropy, lse, sum_p2, screen_stats)
 
 
