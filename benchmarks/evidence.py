@@ -227,6 +227,7 @@ HYPOTHESES: dict[str, list[tuple[str, str, str, bool]]] = {
     "H6": [("dgg", other, "curve mean", False) for other in ("kl", "chi2")],
     "H7": [("gain", other, "curve mean", False) for other in ("shuffled_gain", "dgg")],
     "H8": [("dgg", "single_use", "curve mean", False)],
+    "H9": [("tempered", "dgg", "curve mean", False)],
 }  # fmt: skip
 
 
@@ -351,7 +352,7 @@ LABELS = {
     "gain": "Gain gate", "shuffled_gain": "Gain gate's counts, shuffled", "chi2": "χ² stop",
     "shuffled_kl": "KL stop's counts, shuffled", "middle_norm": "Middle-layer gate",
     "oracle": "Hindsight oracle, K=8", "all_uses": "Fixed K=8, effects recorded",
-    "skip_step": "SkipStep, K=8", "zclip": "ZClip, K=8", "random": "Random stop (DGG's mean)",
+    "tempered": "Tempered re-use, K=8", "skip_step": "SkipStep, K=8", "zclip": "ZClip, K=8", "random": "Random stop (DGG's mean)",
 }  # fmt: skip
 
 

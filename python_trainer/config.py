@@ -77,6 +77,7 @@ class TrainConfig:
     micro_batch_size: int | None = None  # sequences a pass, whose gradients add up; None: all
     learning_rate: float = 2e-4
     lr_warmup: int = 0  # applied updates over which the learning rate rises
+    reuse_decay: float = 1.0  # the learning rate's factor from one use of a batch to the next
     lr_decay: int | None = None  # applied updates after which it has fallen to zero; None: it stays
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -150,7 +151,8 @@ class TrainConfig:
         for name in ("gate_threshold", "mean_uses"):
             self._number(name)
         self._number("warmup_accuracy", at_least=0.0, at_most=1.0)
-        self._number("epsilon", above=0.0, at_most=1.0)
+        for name in ("epsilon", "reuse_decay"):
+            self._number(name, above=0.0, at_most=1.0)
         if self.loss_type == "cispo":
             self._number("epsilon_high", at_least=1.0)  # below, fresh samples are capped as well
         elif self.epsilon_high is not None:

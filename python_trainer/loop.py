@@ -223,6 +223,9 @@ class Run:
         progress.uses += 1
         progress.updates_attempted += 1
         self.optimizer.zero_grad(set_to_none=True)
+        rate = self.schedule.get_last_lr()[0] * config.reuse_decay ** (progress.uses - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         share_BC = token_shares(batch.mask_BC, config, self.ranks.total)
         watch = Watch(config, self.ranks, self.ranks.total(batch.mask_BC.sum()))
         seen: dict[str, Tensor] = {}
@@ -253,7 +256,7 @@ class Run:
         # want to wait for the device asks with wait=False (see GradientGate).
         applied = not self.arm.gate.is_shut(wait=True)
         progress.updates_applied += applied
-        seen["learning_rate"] = torch.tensor(self.schedule.get_last_lr()[0], dtype=torch.float64)
+        seen["learning_rate"] = torch.tensor(rate, dtype=torch.float64)
         self.scheduler.step()  # counts applied updates
         self.log.write(update_row(progress, batch, self.ranks, seen, applied))
         progress.seconds["update"] += time.perf_counter() - began
@@ -315,10 +318,6 @@ class Run:
         )
         self.arm.memory = state["arm.memory"]
         self.schedule.load_state_dict(state["schedule"])
-        for group, rate in zip(
-            self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
-        ):
-            group["lr"] = rate
         batch = {name.removeprefix("batch."): self.ranks.share(value).to(self.config.device)
                  for name, value in state.items() if name.startswith("batch.")}  # fmt: skip
         self.batch = Rollout(**batch) if batch else None

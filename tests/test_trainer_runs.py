@@ -127,6 +127,17 @@ def test_learning_rate_follows_applied_updates(start, tmp_path):
         assert row["learning_rate"] == pytest.approx(TINY.learning_rate * factor)
 
 
+def test_reuse_decay_lowers_the_rate_of_every_further_use(start, tmp_path):
+    config = replace(TINY, gate="off", reuse_decay=0.5, lr_warmup=4)
+    _, rows = one_run(config, start, tmp_path)
+    updates = [row for row in rows if row["type"] == "update"]
+    for row in updates:
+        factor = min(1.0, row["updates_applied"] / 5) * 0.5 ** (row["gate/reuse"] - 1)
+        assert row["learning_rate"] == pytest.approx(TINY.learning_rate * factor)
+    moved = [row["dwd/lm_head"] for row in updates[-4:]]
+    assert moved[3] < moved[2] < moved[1]
+
+
 def test_compare_writes_what_the_summary_promises(tmp_path):
     arms, seeds = ["random", "shuffled", "single_use", "fixed_k8", "dgg"], [0, 3]
     compare.begin(compare.plan(TINY, arms, seeds), tmp_path)
