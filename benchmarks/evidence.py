@@ -352,7 +352,8 @@ LABELS = {
     "gain": "Gain gate", "shuffled_gain": "Gain gate's counts, shuffled", "chi2": "χ² stop",
     "shuffled_kl": "KL stop's counts, shuffled", "middle_norm": "Middle-layer gate",
     "oracle": "Hindsight oracle, K=8", "all_uses": "Fixed K=8, effects recorded",
-    "tempered": "Tempered re-use, K=8", "skip_step": "SkipStep, K=8", "zclip": "ZClip, K=8", "random": "Random stop (DGG's mean)",
+    "tempered": "Tempered re-use, K=8", "skip_step": "SkipStep, K=8", "zclip": "ZClip, K=8",
+    "random": "Random stop (DGG's mean)",
 }  # fmt: skip
 
 
