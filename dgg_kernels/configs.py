@@ -94,6 +94,7 @@ CONFIGS = {
         "sm_90",
         TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True, flat=True),
         TileConfig(128, 256, 128, 8, 3, parts=4, tma=True, flat=True, group=32),
+        tile_crowded=TileConfig(128, 256, 64, num_warps=8, num_stages=4, parts=4, tma=True),
         row=GatherConfig(block_d=8192, group=4, warp_d=1024),
     ),
     "sm_100": KernelConfig(

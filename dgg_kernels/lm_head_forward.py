@@ -596,8 +596,9 @@ def combine(
     """Runs `combine_kernel`."""
     _, tiles, M = stats.shape
     combine_kernel[(triton.cdiv(M, 32),)](
-        stats, target_logit, count, place, rows, *outputs, M, tiles, BLOCK_N=32, BLOCK_T=32
-    )
+        stats, target_logit, count, place, rows, *outputs, M, tiles,
+        BLOCK_N=32, BLOCK_T=32, num_warps=8,
+    )  # fmt: skip
 
 
 def fair_share(kept: Tensor, room: int) -> Tensor:

@@ -186,7 +186,7 @@ def test_small_kernels(architecture):
     check(forward.compact_kernel, architecture, "", blocks, bits.num_warps)
     check(forward.gather_rows_kernel, architecture, "bf16",
           {"BLOCK_N": bits.rows, "BLOCK_D": 2048}, 4)  # fmt: skip
-    check(forward.combine_kernel, architecture, "", {"BLOCK_N": 32, "BLOCK_T": 32}, 4)
+    check(forward.combine_kernel, architecture, "", {"BLOCK_N": 32, "BLOCK_T": 32}, 8)
     constants = {"BLOCK_D": 1024, "STORE": True, "SQUARES": True}
     check(backward.round_kernel, architecture, "bf16", constants, 4)
 
