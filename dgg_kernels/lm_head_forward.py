@@ -595,10 +595,10 @@ def combine(
 ) -> None:
     """Runs `combine_kernel`."""
     _, tiles, M = stats.shape
+    options = {"BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 8}
     combine_kernel[(triton.cdiv(M, 32),)](
-        stats, target_logit, count, place, rows, *outputs, M, tiles,
-        BLOCK_N=32, BLOCK_T=32, num_warps=8,
-    )  # fmt: skip
+        stats, target_logit, count, place, rows, *outputs, M, tiles, **options
+    )
 
 
 def fair_share(kept: Tensor, room: int) -> Tensor:

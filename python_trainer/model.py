@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dgg_kernels import GradientGate, LogprobOutput, linear_logprob
+from dgg_kernels import GradientGate, LogprobOutput
 
 from .config import ConfigError, TrainConfig
 from .tokenizer import ChatTokenizer, FittedTokenizer, Tokenizer
@@ -34,25 +34,24 @@ class Policy(nn.Module):
     """A transformers causal LM and its tokenizer. `forward` never makes logits."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
+        from dgg_kernels.integrations.transformers import CausalHead
+
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
-        config = model.config.get_text_config()
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        # Granite divides its logits, Cohere multiplies them: both are a temperature.
-        self._scale = getattr(config, "logits_scaling", 1.0) / getattr(config, "logit_scale", 1.0)
-        head = model.get_output_embeddings()
-        if type(head) is not nn.Linear:
-            raise ConfigError(f"model: expected a linear head, got {type(head).__name__}")
+        try:
+            self._head = CausalHead(model)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     @property
     def head(self) -> nn.Linear:
         """The lm_head: weight [V, D], and bias [V] or None."""
-        return self.model.get_output_embeddings()
+        return self._head.linear
 
     @property
     def tied(self) -> bool:
         """Is the head's weight the embedding's?"""
-        return self.head.weight is self.model.get_input_embeddings().weight
+        return self._head.tied
 
     @property
     def middle(self) -> Tensor:
@@ -64,13 +63,7 @@ class Policy(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder's layers."""
-        return self._decoder.layers
-
-    @property
-    def _decoder(self) -> Any:
-        """The stack below the head. PEFT replaces layers in it, and leaves it in its place."""
-        model = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        return model.base_model
+        return self._head.decoder.layers
 
     def forward(
         self,
@@ -89,23 +82,20 @@ class Policy(nn.Module):
         for layer in self.layers:
             # Recompute in the backward where there is one. Not train(): dropout stays off.
             layer.training = config.gradient_checkpointing and torch.is_grad_enabled()
-        hidden_BTD = self._decoder(
+        hidden_BTD = self._head.decoder(
             input_ids=tokens_BT,
             attention_mask=attention_BT,
             position_ids=positions(attention_BT),
             use_cache=False,
         ).last_hidden_state
         hidden_BCD = hidden_BTD[:, -width - 1 : -1]
-        out = linear_logprob(
+        out = self._head.logprob(
             hidden_BCD,
-            self.head.weight,
             tokens_BT[:, -width:].masked_fill(~mask_BC, IGNORE),
-            bias=self.head.bias,
-            temperature=config.temperature * self._scale,
-            softcap=self._softcap,
+            temperature=config.temperature,
             ignore_index=IGNORE,
             grad_eps=config.grad_eps,
-            screen=config.screen,  # pyright: ignore[reportArgumentType]  # the config checks it
+            screen=config.screen,
             lse_ref=lse_ref_BC,
             gate=gate,
         )
@@ -224,24 +214,16 @@ def check_model(config: TrainConfig) -> None:
         ) from error
 
 
-@torch.no_grad()
 def check_head(policy: Policy) -> None:
-    """Raise ConfigError unless the policy's log-probs are those of the model's own logits.
+    """Raise ConfigError unless the policy's log-probs are those of the model's own logits."""
+    from dgg_kernels.integrations.transformers import check_logprobs
 
-    A head that does something of its own (a scale, a norm, an adapter) would be trained wrongly.
-    """
-    weight = policy.head.weight
-    tokens_BT = torch.arange(8, device=weight.device)[None] % weight.shape[0]
-    every_BT = torch.ones_like(tokens_BT)
-    logits_BTV = policy.model(input_ids=tokens_BT, attention_mask=every_BT).logits
-    expected_BC = logits_BTV[:, :-1].float().log_softmax(-1)
-    expected_BC = expected_BC.gather(-1, tokens_BT[:, 1:, None])[..., 0]
-    exact = TrainConfig(grad_eps=0.0)
-    got_BC = policy(tokens_BT, every_BT, every_BT[:, 1:].bool(), exact).out.logp
-    # 16-bit logits are themselves off by as much.
-    tolerance = 1e-3 if weight.dtype == torch.float32 else 0.25
-    if not (got_BC - expected_BC).abs().max() <= tolerance:
-        raise ConfigError(
-            "model: expected a head whose logits are weight, bias, scale and softcap, got "
-            f"log-probs that differ from its own by {float((got_BC - expected_BC).abs().max()):.3g}"
-        )
+    def log_probs(tokens_BT: Tensor) -> Tensor:
+        every_BT = torch.ones_like(tokens_BT)
+        exact = TrainConfig(grad_eps=0.0)
+        return policy(tokens_BT, every_BT, every_BT[:, 1:].bool(), exact).out.logp
+
+    try:
+        check_logprobs(policy.model, log_probs)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -27,7 +27,7 @@ ARROWS = {
     "distributed": {"lm_head"},
     "gate": {"_host", "optim"},
     "info": {"__init__", "_host", "_library", "lm_head"},
-    "replay": {"__init__", "gate"},
+    "replay_log": {"__init__", "gate"},
     "__init__": {"_library", "cross_entropy", "gate", "lm_head", "optim"},
 }
 
@@ -68,8 +68,56 @@ def test_the_trainer_uses_public_names_only_and_nothing_imports_tests_or_benchma
                     assert not hidden, f"{path}: {name}"
 
 
+def test_integrations_use_public_names_only_and_the_package_does_without_them():
+    for path in (ROOT / "dgg_kernels").rglob("*.py"):
+        inside = path.parent.name == "integrations"
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] != "dgg_kernels":
+                continue
+            if inside:
+                assert not [part for part in parts if part.startswith("_")], f"{path}: {name}"
+            else:
+                assert "integrations" not in parts, f"{path}: {name}"
+
+
+LIBRARIES = ("transformers", "trl", "verl", "peft", "accelerate", "datasets")
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.strip()
+
+
 def test_importing_the_kernels_imports_no_trainer_library():
-    heavy = ("transformers", "trl", "verl", "matplotlib", "reasoning_gym", "python_trainer")
+    heavy = (*LIBRARIES, "matplotlib", "reasoning_gym", "python_trainer")
     code = f"import sys, dgg_kernels; print([m for m in {heavy} if m in sys.modules])"
-    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert seen.stdout.strip() == "[]"
+    assert run(code) == "[]"
+
+
+BLOCKED = """
+import sys
+sys.modules |= dict.fromkeys({blocked})
+import torch, dgg_kernels, dgg_kernels.distributed, dgg_kernels.monitor, dgg_kernels.replay_log
+head = torch.randn(9, 4, requires_grad=True)
+gate = dgg_kernels.GradientGate(dgg_kernels.GateConfig(), head)
+gate.new_batch()
+out = dgg_kernels.linear_logprob(torch.randn(3, 4), head, torch.arange(3), gate=gate)
+out.logp.sum().backward()
+gate.decide()
+"""
+TRAINED = """
+from dgg_kernels.integrations.transformers import DGGCallback, patch_lm_head
+from python_trainer import compare, config, loop, model
+policy = model.load_policy(config.TrainConfig(num_layers=1), ["1 2"])
+patch_lm_head(policy.model)
+tokens = torch.arange(6)[None]
+print(policy.model(tokens, labels=tokens).log_probs.shape[1])
+"""
+
+
+def test_a_library_that_is_not_installed_breaks_nothing_else():
+    run(BLOCKED.format(blocked=LIBRARIES))
+    others = tuple(name for name in LIBRARIES if name != "transformers")
+    assert run(BLOCKED.format(blocked=others) + TRAINED) == "5"

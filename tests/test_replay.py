@@ -22,7 +22,7 @@ def log(tmp_path):
 
 
 def command(*args):
-    full = [sys.executable, "-m", "dgg_kernels.replay", *map(str, args)]
+    full = [sys.executable, "-m", "dgg_kernels.replay_log", *map(str, args)]
     return subprocess.run(full, capture_output=True, text=True)
 
 

@@ -1,4 +1,4 @@
-"""`python -m dgg_kernels.replay LOG.jsonl`: where a gate would have shut, to choose tau offline.
+"""`python -m dgg_kernels.replay_log LOG.jsonl`: where a gate would have shut, to choose tau.
 
 The log holds one JSON object per update attempt with `gate/energy` (null for NaN) and `gate/reuse`
 (1 begins a rollout batch), as the trainer writes it; other lines are passed over. A log of fixed
@@ -82,7 +82,7 @@ def plot(results: dict[float, list[list[Decision]]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Replay, print a table, draw a plot; 2 where the log cannot be read."""
     parser = argparse.ArgumentParser(
-        prog="python -m dgg_kernels.replay", description=__doc__,
+        prog="python -m dgg_kernels.replay_log", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("log", type=Path)

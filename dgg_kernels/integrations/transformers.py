@@ -1,0 +1,294 @@
+"""transformers: log-probs in place of a causal LM's logits, and the gate in its Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.utils.generic import ModelOutput
+
+from dgg_kernels import GradientGate, LogprobOutput, linear_logprob
+
+IGNORE = -100  # the label that transformers leaves out of a loss
+
+
+class CausalHead:
+    """What a transformers causal LM does between its hidden states and its logits.
+
+    Modules are looked up at every call, since PEFT and FSDP replace them in place.
+
+    Args:
+        model: the causal LM, or the PEFT model around it.
+
+    Raises:
+        ValueError: its head is not one `nn.Linear` (an adapter on it, for instance).
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = self.model.config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        # Granite divides its logits, Cohere multiplies them: both are a temperature.
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        self.scale: float = divisor / (getattr(config, "logit_scale", None) or 1.0)
+        if type(self.linear) is not nn.Linear:
+            kind = type(self.linear)
+            raise ValueError(
+                f"model: expected a linear head, got {kind.__name__} of {kind.__module__}"
+            )
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The lm_head: weight [V, D], and bias [V] or None."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def tied(self) -> bool:
+        """Is the head's weight the embedding's?"""
+        return self.linear.weight is self.model.get_input_embeddings().weight
+
+    @property
+    def decoder(self) -> Any:
+        """The stack below the head. PEFT replaces layers in it, and leaves it in its place."""
+        return self.model.base_model
+
+    def logprob(
+        self, hidden: Tensor, target: Tensor, *, temperature: float = 1.0, **options: Any
+    ) -> LogprobOutput:
+        """`linear_logprob` of hidden [..., D] and target [...] with this head, and its options."""
+        return linear_logprob(
+            hidden,
+            self.linear.weight,
+            target,
+            bias=self.linear.bias,
+            temperature=temperature * self.scale,
+            softcap=self.softcap,
+            **options,
+        )
+
+
+@torch.no_grad()
+def check_logprobs(model: Any, logprobs: Callable[[Tensor], Tensor]) -> None:
+    """Raise ValueError unless these log-probs are those of the model's own logits.
+
+    A head that does something of its own (a scale, a norm, an adapter) would be trained wrongly.
+
+    Args:
+        model: called for its logits, with dropout off.
+        logprobs: tokens [1, T] -> log-probs [1, T - 1] of the tokens from the second on.
+    """
+    modes = {module: module.training for module in model.modules()}
+    weight = model.get_output_embeddings().weight
+    tokens = torch.arange(8, device=weight.device)[None] % weight.shape[0]
+    try:
+        model.eval()
+        logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        got = logprobs(tokens)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    expected = logits[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    # 16-bit logits are themselves off by as much.
+    tolerance = 1e-3 if weight.dtype == torch.float32 else 0.25
+    difference = float((got - expected).abs().max())
+    if not difference <= tolerance:
+        raise ValueError(
+            "model: expected a head whose logits are weight, bias, scale and softcap, got "
+            f"log-probs that differ from its own by {difference:.3g}"
+        )
+
+
+@dataclass
+class LogprobModelOutput(ModelOutput):
+    """What a patched model returns when it is given labels; positions as its own loss has them.
+
+    Attributes:
+        loss: negative log-likelihood, summed and divided by `num_items_in_batch`, or the mean.
+        log_probs: [B, T - 1] fp32, of the labels from the second on; 0 where the label is -100.
+        entropy: [B, T - 1] fp32, of the whole distribution, in nats.
+    """
+
+    loss: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class PatchedHead:
+    """A patched model: `remove()`, or the end of a `with` block, gives its old forward back."""
+
+    def __init__(self, model: Any, forward: Callable[..., Any]) -> None:
+        self._model, self._before = model, model.__dict__.get("forward")
+        self._forward = model.forward = types.MethodType(forward, model)
+
+    def remove(self) -> None:
+        """Undo the patch.
+
+        Raises:
+            RuntimeError: something else has replaced the forward since then.
+        """
+        if self._model.__dict__.get("forward") is not self._forward:
+            raise RuntimeError("model: its forward was replaced after patch_lm_head: undo that")
+        del self._model.forward
+        if self._before is not None:
+            self._model.forward = self._before
+
+    def __enter__(self) -> PatchedHead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def patch_lm_head(
+    model: Any, *, temperature: float = 1.0, float32: bool = False, **options: Any
+) -> PatchedHead:
+    """Let `model(..., labels=labels)` return per-token log-probs, without making logits.
+
+    Without labels the forward is the one it was, so that `generate` is untouched. With them it
+    returns a `LogprobModelOutput`; a loss is its own, or a few lines over `log_probs`.
+
+    Args:
+        model: a transformers causal LM, or the PEFT model around one.
+        temperature: divides the logits.
+        float32: run the head in float32 even under autocast.
+        options: of `linear_logprob`: grad_eps, screen, gate. The gate sees passes with gradient.
+
+    Raises:
+        ValueError: the head is not linear, or the log-probs are not those of the model's logits
+            (compared once, on 8 tokens), or the model adds a router's loss to its own.
+    """
+    model = CausalHead(model).model
+    gate: GradientGate | None = options.pop("gate", None)
+    if gate is not None:
+        gate.check_weight(CausalHead(model).linear.weight)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise ValueError("model: expected output_router_logits=False: its loss is not computed")
+    own_forward = getattr(model.forward, "__func__", model.forward)  # to be bound to a copy, too
+
+    def log_probs(
+        model: Any, labels: Tensor, scale: float, *args: Any, **inputs: Any
+    ) -> LogprobOutput:
+        head = CausalHead(model)
+        hidden = head.decoder(*args, **inputs, use_cache=False).last_hidden_state
+        # Position t predicts token t + 1, and the last one nothing that is known.
+        target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        autocast = torch.autocast(hidden.device.type, enabled=False)
+        with autocast if float32 else contextlib.nullcontext():
+            return head.logprob(
+                hidden.to(head.linear.weight.dtype),
+                target,
+                temperature=scale,
+                ignore_index=IGNORE,
+                gate=gate if torch.is_grad_enabled() else None,
+                **options,
+            )
+
+    # generate() looks the arguments up in the signature.
+    @functools.wraps(type(model).forward)
+    def forward(
+        self: Any,
+        *args: Any,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        fused_lm_head: bool = True,  # TRL's word for what labels mean here
+        **inputs: Any,
+    ) -> Any:
+        if labels is None:
+            return own_forward(self, *args, **inputs)
+        out = log_probs(self, labels, temperature, *args, **inputs)
+        count = num_items_in_batch
+        if count is None:
+            count = (labels[:, 1:] != IGNORE).sum()
+        return LogprobModelOutput(-out.logp.sum() / count, out.logp[:, :-1], out.entropy[:, :-1])
+
+    check_logprobs(model, lambda tokens: log_probs(model, tokens, 1.0, tokens).logp[:, :-1])
+    return PatchedHead(model, forward)
+
+
+class DGGCallback(TrainerCallback, ExportableState):
+    """The gate in a transformers Trainer: shut, an update changes nothing.
+
+    It decides on every update, takes over the clipping to `max_grad_norm` (the gate must see the
+    gradient unclipped), lets the learning-rate schedule count applied updates, adds the gate's
+    metrics to the logs, and keeps the gate's state in the checkpoints. When a batch of rollouts
+    begins and ends is the trainer's to say: `gate.new_batch()`, `gate.is_shut(wait=True)`.
+
+    Put it before the callbacks that report, which are called in their order:
+    `trainer.callback_handler.callbacks.insert(0, DGGCallback(gate))`.
+
+    Args:
+        gate: the one given to `patch_lm_head`.
+        host_gate: as in `GradientGate.attach`: accept an optimizer that cannot skip by itself.
+    """
+
+    def __init__(self, gate: GradientGate, *, host_gate: bool = False) -> None:
+        self.gate, self.host_gate = gate, host_gate
+        self._max_grad_norm = 0.0  # what the arguments said, while they say 0
+
+    def state(self) -> dict[str, Any]:
+        """What transformers keeps for a callback in trainer_state.json."""
+        saved = self.gate.state_dict()
+        return {"args": {}, "attributes": {**saved, "state": saved["state"].tolist()}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore the gate, and attach it to the optimizer inside Accelerate's wrapper."""
+        if args.restore_callback_states_from_checkpoint:
+            raise ValueError(
+                "restore_callback_states_from_checkpoint: expected False with DGGCallback, which "
+                "restores its gate in any case, got True"
+            )
+        # Without a checkpoint this is the gate's own state, as the train() that begins found it.
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        if kept is not None:  # the checkpoint may be of a run without a gate
+            saved = kept["attributes"]
+            values = torch.tensor(saved["state"], dtype=torch.float64)
+            self.gate.load_state_dict({**saved, "state": values})
+        self.gate.detach()  # what a train() that raised has left
+        self._max_grad_norm, args.max_grad_norm = args.max_grad_norm or self._max_grad_norm, 0.0
+        optimizer = kwargs["optimizer"]
+        self.gate.attach(
+            optimizer,
+            self._max_grad_norm or None,
+            scaler=optimizer.scaler,
+            host_gate=self.host_gate,
+        )
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Decide: the gradient is accumulated, reduced and unscaled."""
+        self.gate.decide()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell Accelerate of a skipped step, as its loss scaler does: the schedule waits."""
+        optimizer = kwargs["optimizer"]
+        overflow = optimizer.scaler is not None and optimizer.step_was_skipped
+        optimizer._is_overflow = overflow or self.gate.is_shut(wait=True)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Add the last decision to a training step's logs; a NaN energy alone is a finding."""
+        if logs is None or "loss" not in logs:
+            return
+        metrics = self.gate.metrics()
+        values = torch.stack(list(metrics.values())).tolist()
+        found = {
+            name: value
+            for name, value in zip(metrics, values, strict=True)
+            if name == "gate/energy" or not math.isnan(value)
+        }
+        logs.update(found)
+        state.log_history[-1].update(found)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave optimizer and arguments as they were."""
+        self.gate.detach()
+        args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, 0.0

@@ -1,0 +1,181 @@
+"""TRL: GRPOTrainer with this package's head, whose re-use of rollouts the gate ends."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+from dgg_kernels import GateConfig, GradientGate
+
+from .transformers import CausalHead, DGGCallback, patch_lm_head
+
+
+class DGGTrainer(GRPOTrainer):
+    """GRPOTrainer that uses a batch of rollouts up to `num_iterations` times, if the gate lets it.
+
+    When the gate shuts, the update is discarded, and the next one is made of fresh prompts. An
+    epoch is one pass over the prompts: it may take fewer updates than planned. With `max_steps` as
+    many passes are made as it takes.
+
+    Args:
+        args, kwargs: of GRPOTrainer. `num_iterations` is the gate's `max_reuse`.
+        gate: threshold, window, statistic; `max_reuse`, `mini_batches` and `accumulate` follow
+            from the GRPOConfig. A threshold of `math.inf` never shuts.
+        host_gate: as in `GradientGate.attach`: accept an optimizer that cannot skip by itself.
+        head_options: of `linear_logprob`: grad_eps, screen.
+
+    Raises:
+        ValueError: FSDP, DeepSpeed or a router's loss, none of which is covered;
+            `steps_per_generation` is no multiple of `gradient_accumulation_steps`; the model's head
+            is one that `patch_lm_head` refuses.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        gate: GateConfig | None = None,
+        host_gate: bool = False,
+        head_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        config: Any = self.args
+        accumulated = config.gradient_accumulation_steps
+        if config.steps_per_generation % accumulated:
+            raise ValueError(
+                "steps_per_generation: expected a multiple of gradient_accumulation_steps "
+                f"({accumulated}), got {config.steps_per_generation}"
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("args: expected one process or DDP, got FSDP or DeepSpeed")
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"router_aux_loss_coef: expected 0.0, got {self.router_aux_loss_coef}: "
+                "the router's loss is not computed"
+            )
+        head = CausalHead(self.model)
+        weight = head.linear.weight
+        # Where .grad is not the sum of this head's gradients, the gate keeps that itself.
+        several = accumulated > 1 or self.accelerator.num_processes > 1
+        self.gate = GradientGate(
+            replace(
+                gate or GateConfig(),
+                max_reuse=self.num_iterations,
+                mini_batches=config.steps_per_generation // accumulated,
+                accumulate=several and (head.tied or not weight.requires_grad),
+            ),
+            weight,
+        )
+        options = {
+            "temperature": self.temperature,
+            "float32": config.cast_lm_head_to_fp32,
+            **(head_options or {}),
+        }
+        patch_lm_head(self.model, gate=self.gate, **options)
+        if self.ref_model is not None:
+            patch_lm_head(self.accelerator.unwrap_model(self.ref_model), **options)
+        callback = DGGCallback(self.gate, host_gate=host_gate)
+        self.callback_handler.callbacks.insert(0, callback)  # before those that report
+        self._loader: Any = None  # of this train(); the next one has its own
+        self._saved: dict[str, Any] | None = None  # what a checkpoint has brought
+        self._prompts: Any = None  # of the rollouts in use; None when all are used up
+        self._drawn = self._end = 0  # batches of prompts; the step at which these are used up
+
+    def _batches(self, loader: Any) -> Iterator[Any]:
+        """Every batch of prompts once, pass after pass. TRL's loader repeats it for each step."""
+        config: Any = self.args
+        repeats = config.steps_per_generation * self.num_iterations
+
+        def passes() -> Iterator[Any]:
+            for number in itertools.count():
+                if hasattr(loader, "set_epoch"):
+                    loader.set_epoch(number)
+                batch = None
+                for batch in itertools.islice(loader, 0, None, repeats):
+                    yield batch
+                if batch is None:
+                    return
+
+        if config.max_steps > 0:
+            return passes()
+        return itertools.islice(
+            passes(), math.ceil(config.num_train_epochs * len(loader) / repeats)
+        )
+
+    def _begin(self, loader: Any) -> None:
+        self._loader, saved, self._saved = loader, self._saved, None
+        self._source = self._batches(loader)
+        self._step = self._drawn = self._end = 0
+        self._buffered_inputs = None
+        if saved is not None:
+            self._step, self._drawn, self._end = saved["step"], saved["drawn"], saved["end"]
+            self._buffered_inputs = saved["rollouts"]
+            # A pass that begins draws from torch's generator, which the checkpoint restores.
+            with torch.random.fork_rng(devices=[]):
+                self._prompts = next(itertools.islice(self._source, self._drawn - 1, None), None)
+
+    def _advance(self) -> None:
+        """Fresh prompts, where these rollouts are used up or the gate has ended their re-use.
+
+        Waits for the gate: ranks that learned of it at different steps would part. The Trainer
+        has waited for the device before, to look at the loss.
+        """
+        if self._loader is not self.callback_handler.train_dataloader:
+            self._begin(self.callback_handler.train_dataloader)
+        if self._step < self._end and not self.gate.is_shut(wait=True):
+            return
+        self._prompts = next(self._source, None)
+        if self._prompts is None:
+            return
+        config: Any = self.args
+        generate_every = config.steps_per_generation * self.num_iterations
+        self._step += -self._step % generate_every  # TRL generates at its multiples
+        self._end = self._step + generate_every
+        self._drawn += 1
+        self.gate.new_batch()
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """The prompts of the rollouts in use, for each step of one update."""
+        self._advance()
+        if self._prompts is None:
+            self.control.should_training_stop = True
+            self.control.should_save |= self.args.save_strategy == "steps"
+            return [], None
+        return [self._prompts] * num_batches, None
+
+    # -- checkpoints hold the rollouts in use, so that a resumed run goes on in their midst
+
+    def _rollouts_file(self, checkpoint: str | Path) -> Path:
+        return Path(checkpoint) / f"dgg_rollouts_{self.accelerator.process_index}.pt"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._advance()  # now: what it draws from torch's generator is then in the checkpoint
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial))
+        saved = {
+            "step": self._step,
+            "drawn": self._drawn,
+            "end": self._end,
+            "rollouts": self._buffered_inputs,
+        }
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        torch.save(saved, self._rollouts_file(checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        file = self._rollouts_file(checkpoint)
+        if not file.is_file():
+            raise ValueError(f"checkpoint: expected one of DGGTrainer, {file} is missing")
+        self._saved = torch.load(file, map_location=self.args.device, weights_only=True)

