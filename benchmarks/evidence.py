@@ -74,7 +74,7 @@ def record(folders: Sequence[Path], name: str) -> Path:
     """Write the finished runs of these directories as one compressed file of rows."""
     path = FOLDER / f"{name}.jsonl.xz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with lzma.open(path, "wt", preset=9) as file:
+    with lzma.open(path, "wt", preset=6) as file:
         for folder in folders:
             summary = json.loads((folder / "summary.json").read_text())
             about = {key: summary[key] for key in ("versions", "commit", "warmups")}
