@@ -36,6 +36,8 @@ demo: install  ## train every arm on the CPU; table, plots and report in runs/de
 test: lint  ## lint, types, all tests of the CPU path, interpreter and compile-only tests
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_kernels.py -W ignore::RuntimeWarning
+	@# In processes of their own: after the tests above the pretended GPU loses track of tensors.
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_pretend_gpu.py -W ignore::RuntimeWarning
 
 lint: install  ## ruff, clang-format and pyright
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

@@ -29,6 +29,8 @@ from dgg_kernels import configs, linear_logprob
 from . import common
 from .rows import Rows, real_rows
 
+COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes, by which the copy's rate is taken
+
 
 def milliseconds(run: Callable[[], Any], rounds: int = 10) -> float:
     """Median over the rounds, after two that warm up."""
@@ -53,7 +55,7 @@ def milliseconds(run: Callable[[], Any], rounds: int = 10) -> float:
 def ceilings(rows: Rows) -> dict[str, float]:
     """What this machine can do at most: copy in bytes/s, and the bare product in FLOP/s."""
     device = rows.hidden.device
-    source = torch.ones(2**30 if device.type == "cuda" else 2**28, device=device, dtype=torch.uint8)
+    source = torch.ones(COPIED[device.type], device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     copy = milliseconds(lambda: target.copy_(source))
     N, D = rows.hidden.shape

@@ -5,7 +5,7 @@
 #
 # Builds a copy of the working tree (built files of two Pythons must not lie side by side) in an
 # environment of its own; then the CPU tests, every Triton kernel compiled for GPUs that are not
-# there, and the Triton kernels in the interpreter.
+# there, and the Triton kernels, the GPU's benchmarks and its tests in the interpreter.
 set -eu
 [ $# -eq 2 ] || { echo "usage: $0 PYTHON DIR" >&2; exit 2; }
 mkdir -p "$2"
@@ -30,11 +30,12 @@ git ls-files -z --cached --others --exclude-standard | xargs -0 sh -c '
 cd "$dir/src"
 "$run" -m pip install -q --no-build-isolation --no-deps -e .
 "$run" -m dgg_kernels.info
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 DGG_REHEARSAL=1  # what takes minutes, too
 red=0
 "$run" -m pytest -n 2 tests/test_lm_head.py tests/test_active_set.py tests/test_screen.py \
     tests/test_cross_entropy.py tests/test_gate.py tests/test_replay.py tests/test_cuda_sources.py \
-    tests/test_benchmarks.py tests/test_triton_compile.py || red=1
-TRITON_INTERPRET=1 "$run" -m pytest -n 2 tests/test_triton_kernels.py -W ignore::RuntimeWarning ||
-    red=1
+    tests/test_benchmarks.py tests/test_triton_compile.py tests/test_triton_launch.py || red=1
+for tests in tests/test_triton_kernels.py tests/test_pretend_gpu.py; do
+    TRITON_INTERPRET=1 "$run" -m pytest -n 2 "$tests" -W ignore::RuntimeWarning || red=1
+done
 exit $red

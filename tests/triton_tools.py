@@ -1,4 +1,4 @@
-"""Triton without a GPU: a correct interpreter for bf16, and kernels compiled for GPUs not there.
+"""Triton without a GPU: an interpreter that knows bf16 and fp8, and kernels compiled for any GPU.
 
 The two do not go together in one process: TRITON_INTERPRET is read when kernels are declared.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -33,40 +34,58 @@ def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), nearest)
 
 
-def repair_interpreter() -> None:
-    """Makes the interpreter of triton 3.6 to 3.9 right for bf16 casts, constants and tl.dot.
+FP8_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
 
-    It keeps bf16 as raw uint16 and multiplies those. Elementwise bf16 arithmetic stays wrong:
+
+def fp8_to_fp32(bits: np.ndarray) -> np.ndarray:
+    return FP8_VALUES[bits]
+
+
+def fp32_to_fp8(values: np.ndarray) -> np.ndarray:
+    """Bits of the nearest fp8 (e4m3), no further than the largest, as on a GPU."""
+    within = np.ascontiguousarray(np.clip(values, -448.0, 448.0), dtype=np.float32)
+    return torch.from_numpy(within).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+# Types that numpy lacks: from bits, to bits.
+NARROW = {
+    tl.bfloat16: (bf16_to_fp32, fp32_to_bf16),
+    tl.float8e4nv: (fp8_to_fp32, fp32_to_fp8),
+}
+
+
+def repair_interpreter() -> None:
+    """Makes the interpreter of triton 3.6 to 3.9 right for bf16 and fp8: casts, tl.dot, constants.
+
+    It keeps them as raw integers, and multiplies those. Elementwise arithmetic on them stays wrong:
     kernels cast to fp32 first. Also lets `range` take runtime values under numpy >= 2.4.
     """
     from triton.runtime import interpreter
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    if getattr(builder, "bf16_repaired", False):
+    if getattr(builder, "narrow_types_repaired", False):
         return
-    builder.bf16_repaired = True
+    builder.narrow_types_repaired = True
     create_dot, cast_impl = builder.create_dot, builder.cast_impl
     create_fp_to_fp = builder.create_fp_to_fp
 
-    def is_bf16(x: object) -> bool:
-        return x.dtype.scalar == tl.bfloat16
-
     def widened(x: object) -> object:
-        return handle(bf16_to_fp32(x.data), tl.float32) if is_bf16(x) else x
+        narrow = NARROW.get(x.dtype.scalar)
+        return handle(narrow[0](x.data), tl.float32) if narrow else x
 
     def cast(self, source: object, target: object) -> object:
         scalar = target.scalar
         if source.dtype.scalar == scalar:
             return cast_impl(self, source, target)
         source = widened(source)
-        if scalar == tl.bfloat16:
-            return handle(fp32_to_bf16(source.data), scalar)
+        if scalar in NARROW:
+            return handle(NARROW[scalar][1](source.data), scalar)
         if scalar == tl.float32 and source.dtype.scalar == tl.float32:
             return source
         return cast_impl(self, source, target)
 
     def fp_to_fp(self, source: object, target: object, rounding: object) -> object:
-        if is_bf16(source) or target.scalar == tl.bfloat16:
+        if source.dtype.scalar in NARROW or target.scalar in NARROW:
             return cast(self, source, target)
         return create_fp_to_fp(self, source, target, rounding)
 
@@ -84,6 +103,24 @@ def repair_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
 
     interpreter._patch_lang_tensor = patched
+
+    # Every call of a device function patches triton.language anew, for up to half of the time: once
+    # in a launch is enough.
+    patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    done: set[int] = set()
+
+    def patch_once(function: object) -> object:
+        module = id(function.__globals__)
+        if module not in done:
+            done.add(module)
+            return patch_lang(function)
+
+    def launched(self, *args: object, **options: object) -> None:
+        done.clear()
+        launch(self, *args, **options)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = launched
 
 
 # -- compile only ---------------------------------------------------------------------------------
