@@ -17,6 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -24,8 +25,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from python_trainer.files import read_metrics, use_counts
-from python_trainer.plots import style
+from python_trainer.files import decoded, per_batch, read_metrics, updates, use_counts
+from python_trainer.plots import draw_curves, panels, smooth, style
+from python_trainer.results import last_quarter
 
 from . import common
 
@@ -56,8 +58,19 @@ class Run:
 
     @property
     def late(self) -> float:
-        """Mean of the last quarter of the evaluations."""
-        return fmean(self.values[-max(1, len(self.values) // 4) :])
+        return last_quarter(self.values)
+
+    @cached_property
+    def effects(self) -> dict[int, list[tuple[float, dict[str, float]]]]:
+        """Use index (from 2) -> change of accuracy by each update, and what was known before it."""
+        after = {r["rollouts"]: r["accuracies"] for r in self.rows if r["type"] == "effect"}
+        found: dict[int, list[tuple[float, dict[str, float]]]] = {}
+        for last, row in itertools.pairwise(updates(self.rows)):
+            if (use := row["gate/reuse"]) > 1:
+                seen = after[row["rollouts"]]
+                told = {name: signal(row, last) for name, signal in AHEAD.items()}
+                found.setdefault(use, []).append((seen[use] - seen[use - 1], told))
+        return found
 
     def reaches(self, goal: float) -> int | None:
         """Rollout batches at the first evaluation at or above it."""
@@ -102,26 +115,19 @@ def _short(value: Any) -> Any:
 
 def read(name: str) -> tuple[Runs, list[dict[str, Any]]]:
     """The runs of a record, and what each of its directories says of itself."""
-    runs: Runs = {}
-    about, rows, place = [], [], ("", 0)
-
-    def close() -> None:
-        if rows:
-            runs.setdefault(place[0], {})[place[1]] = Run(*place, list(rows))
-            rows.clear()
-
+    about, logs, rows = [], [], []
     with lzma.open(FOLDER / f"{name}.jsonl.xz", "rt") as file:
-        for line in file:
-            row = json.loads(line)
+        for row in map(decoded, file):
             if row["type"] == "about":
-                close()
                 about.append(row)
             elif row["type"] == "run":
-                close()
-                place = (row["arm"], row["seed"])
+                rows = []
+                logs.append((row["arm"], row["seed"], rows))
             else:
                 rows.append(row)
-    close()
+    runs: Runs = {}
+    for arm, seed, of in logs:
+        runs.setdefault(arm, {})[seed] = Run(arm, seed, of)
     return runs, about
 
 
@@ -143,12 +149,13 @@ def collapsed(run: Run, _: Run | None = None) -> float:
     return float(max(run.values) - run.late > 0.1)
 
 
+GOAL = "fewer batches to goal"  # which needs single use beside it
 METRICS: dict[str, Metric] = {
     "curve mean": lambda run, _: 100 * fmean(run.values),
     "last quarter": lambda run, _: 100 * run.late,
     "final": lambda run, _: 100 * run.values[-1],
     "best": lambda run, _: 100 * max(run.values),
-    "fewer batches to goal": speedup,
+    GOAL: speedup,
     "collapses": collapsed,
     "uses": lambda run, _: fmean(use_counts(run.rows)),
 }
@@ -157,11 +164,10 @@ METRICS: dict[str, Metric] = {
 def values(runs: Runs, arm: str, metric: str) -> dict[int, float]:
     """By seed; of those in which single use ran too, where the metric needs it."""
     single = runs.get("single_use", {})
-    needs = metric == "fewer batches to goal"
     return {
         seed: METRICS[metric](run, single.get(seed))
         for seed, run in sorted(runs[arm].items())
-        if not needs or seed in single
+        if metric != GOAL or seed in single
     }
 
 
@@ -218,7 +224,7 @@ def holm(p: dict[str, float]) -> dict[str, float]:
 
 # Hypothesis -> (arm, other, metric, whether logarithms are compared).
 HYPOTHESES: dict[str, list[tuple[str, str, str, bool]]] = {
-    "H1": [("dgg", "single_use", "fewer batches to goal", True)],
+    "H1": [("dgg", "single_use", GOAL, True)],
     "H2": [("dgg", "single_use", "last quarter", False)],
     "H3": [("dgg", f"fixed_k{k}", "curve mean", False) for k in (2, 3, 4, 8)],
     "H4": [("dgg", "shuffled", "curve mean", False),
@@ -247,24 +253,11 @@ AHEAD: dict[str, Callable[[dict[str, Any], dict[str, Any]], float]] = {
 }  # fmt: skip
 
 
-def effects(run: Run) -> dict[int, list[tuple[float, dict[str, float]]]]:
-    """Use index (from 2) -> change of accuracy by each update, and what was known before it."""
-    after = {row["rollouts"]: row["accuracies"] for row in run.rows if row["type"] == "effect"}
-    found: dict[int, list[tuple[float, dict[str, float]]]] = {}
-    updates = [row for row in run.rows if row["type"] == "update"]
-    for last, row in itertools.pairwise(updates):
-        if (use := row["gate/reuse"]) > 1:
-            seen = after[row["rollouts"]]
-            told = {name: signal(row, last) for name, signal in AHEAD.items()}
-            found.setdefault(use, []).append((seen[use] - seen[use - 1], told))
-    return found
-
-
 def auc(runs: Iterable[Run], name: str) -> float:
     """How often a harmful update has the higher signal, in pairs of one run and use index."""
     won, pairs = 0.0, 0
     for run in runs:
-        for of in effects(run).values():
+        for of in run.effects.values():
             harmful = [told[name] for effect, told in of if effect < 0]
             others = [told[name] for effect, told in of if effect >= 0]
             if harmful and others:
@@ -278,12 +271,12 @@ def effects_tables(runs: Runs) -> Iterator[str]:
     arms = [arm for arm in runs if any(r["type"] == "effect" for r in _any(runs[arm]).rows)]
     if not arms:
         return
-    uses = sorted(effects(_any(runs[arms[0]])))
+    uses = sorted(_any(runs[arms[0]]).effects)
     yield "| harmful updates at use | " + " | ".join(map(str, uses)) + " |"
     yield "|---" * (len(uses) + 1) + "|"
     for arm in arms:
         shares = [
-            fmean(effect < 0 for run in runs[arm].values() for effect, _ in effects(run)[use])
+            fmean(effect < 0 for run in runs[arm].values() for effect, _ in run.effects[use])
             for use in uses
         ]
         yield f"| {label(arm)} | " + " | ".join(f"{share:.0%}" for share in shares) + " |"
@@ -302,7 +295,7 @@ def _any(of: dict[int, Run]) -> Run:
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def arms_table(runs: Runs, seeds: Iterable[int] | None = None) -> Iterator[str]:
+def arms_table(runs: Runs) -> Iterator[str]:
     """One line an arm: mean ± standard deviation over the seeds."""
     yield "| arm | seeds | " + " | ".join(METRICS) + " |"
     yield "|---" * (len(METRICS) + 2) + "|"
@@ -320,41 +313,38 @@ def arms_table(runs: Runs, seeds: Iterable[int] | None = None) -> Iterator[str]:
         yield f"| {label(arm)} | {len(runs[arm])} | " + " | ".join(cells) + " |"
 
 
-CLOSE = ("uses", "fewer batches to goal")
+CLOSE = ("uses", GOAL)  # shown to two digits
 
 
-def verdicts_table(runs: Runs) -> Iterator[str]:
+Found = dict[tuple[str, str, str, str, bool], Difference]  # hypothesis and what it compares
+
+
+def verdicts(runs: Runs) -> Found:
     """Every comparison of the hypotheses that the record has both arms for."""
-    found = {
-        f"{name}: {label(arm)} − {label(other)}, {'log ' * log}{metric}":
-            difference(runs, arm, other, metric, log)
+    return {
+        (name, arm, other, metric, log): difference(runs, arm, other, metric, log)
         for name, comparisons in HYPOTHESES.items()
         for arm, other, metric, log in comparisons
         if arm in runs and other in runs
-    }  # fmt: skip
-    adjusted = holm({name: d.p for name, d in found.items() if not math.isnan(d.p)})
+    }
+
+
+def verdicts_table(found: Found) -> Iterator[str]:
+    """One line a comparison, p-values adjusted over all of them."""
+    named = {
+        f"{name}: {label(arm)} − {label(other)}, {'log ' * log}{metric}": of
+        for (name, arm, other, metric, log), of in found.items()
+    }
+    adjusted = holm({name: d.p for name, d in named.items() if not math.isnan(d.p)})
     yield "| comparison | mean | 95 % (t) | 95 % (BCa) | seeds above 0 | p | Holm |"
     yield "|---|---|---|---|---|---|---|"
-    for name, of in found.items():
+    for name, of in named.items():
         level = f"{adjusted[name]:.3f}" if name in adjusted else "-"
         yield f"| {name} | {of} | {level} |"
 
 
 def label(arm: str) -> str:
-    """As in the plots of a run; the learning rate of a grid's arm after it."""
-    name, *rest = arm.split("@")
-    return " @ ".join([LABELS.get(name) or style(name)[0], *rest])
-
-
-LABELS = {
-    "fixed_k2": "Fixed K=2", "fixed_k3": "Fixed K=3", "shuffled": "DGG's counts, shuffled",
-    "dgg_squared": "DGG, squared norm", "shuffled_squared": "its counts, shuffled",
-    "gain": "Gain gate", "shuffled_gain": "Gain gate's counts, shuffled", "chi2": "χ² stop",
-    "shuffled_kl": "KL stop's counts, shuffled", "middle_norm": "Middle-layer gate",
-    "oracle": "Hindsight oracle, K=8", "all_uses": "Fixed K=8, effects recorded",
-    "tempered": "Tempered re-use, K=8", "skip_step": "SkipStep, K=8", "zclip": "ZClip, K=8",
-    "random": "Random stop (DGG's mean)",
-}  # fmt: skip
+    return style(arm)[0]
 
 
 def best_rates(runs: Runs) -> dict[str, str]:
@@ -368,65 +358,33 @@ def best_rates(runs: Runs) -> dict[str, str]:
 
 # -- figures --------------------------------------------------------------------------------------
 
-STYLED = ("single_use", "fixed_k4", "fixed_k8", "dgg", "random", "kl", "global_norm")
 
-
-def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _colour(arm: str, i: int) -> tuple[str, str]:
-    """Colour and dash: an arm's own, where it has them."""
-    _, colour, dash = style(arm)
-    return (colour, dash) if arm in STYLED else (f"C{i}", "-")
-
-
-def _band(ax: Any, x: Sequence[float], lines: np.ndarray, arm: str, i: int) -> None:
-    """Mean of [seeds, x], and one standard error."""
-    mean, (colour, dash) = lines.mean(0), _colour(arm, i)
-    ax.plot(x, mean, dash, color=colour, label=label(arm))
-    if len(lines) > 1:
-        error = lines.std(0, ddof=1) / len(lines) ** 0.5
-        ax.fill_between(x, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
-
-
-def curves(runs: Runs) -> Any:
+def curves(runs: Runs, found: Found) -> Any:
     """Held-out accuracy against rollout batches, and uses of a batch over time."""
-    figure, axes = _panels(1, 2, 13, 5)
+    figure, axes = panels(1, 2, 5, 13)
     left, right = axes[0]
-    chosen = ("single_use", "fixed_k2", "fixed_k4", "fixed_k8", "dgg", "shuffled", "gain", "kl")
-    for i, arm in enumerate(arm for arm in chosen if arm in runs):
-        batches = [n for n, _ in next(iter(runs[arm].values())).curve]
-        grid = 100 * np.array([run.values for run in runs[arm].values()])
-        _band(left, batches, grid, arm, i)
+    for arm in ("single_use", "fixed_k2", "fixed_k4", "fixed_k8", "dgg", "shuffled", "gain", "kl"):
+        of = list(runs.get(arm, {}).values())
+        if not of:
+            continue
+        draw_curves(left, arm, [{n: 100 * a for n, a in run.curve} for run in of])
         if arm in ("dgg", "gain", "kl"):
-            counts = np.array([use_counts(run.rows) for run in runs[arm].values()], dtype=float)
-            width = 15
-            smooth = np.apply_along_axis(
-                np.convolve, 1, counts, np.ones(width) / width, mode="valid"
-            )
-            _band(right, np.arange(smooth.shape[1]) + width / 2, smooth, arm, i)
+            counts = [dict(enumerate(use_counts(run.rows), 1)) for run in of]
+            draw_curves(right, arm, [smooth(counted, 15) for counted in counts])
     left.set(xlabel="rollout batches", ylabel="held-out accuracy (%)")
     right.set(xlabel="rollout batches", ylabel="uses of a batch (moving mean of 15)")
     left.legend(frameon=False, loc="lower right")
     return figure
 
 
-def intervals(runs: Runs) -> Any:
+def intervals(runs: Runs, found: Found) -> Any:
     """Every comparison in points of the curve mean, with both intervals."""
     rows = [
-        (f"{name}: {label(arm)} − {label(other)}", difference(runs, arm, other, "curve mean"))
-        for name, comparisons in HYPOTHESES.items()
-        for arm, other, metric, _ in comparisons
-        if metric == "curve mean" and arm in runs and other in runs
+        (f"{name}: {label(arm)} − {label(other)}", of)
+        for (name, arm, other, metric, _), of in found.items()
+        if metric == "curve mean"
     ]
-    figure, axes = _panels(1, 1, 9, 0.9 + 0.36 * len(rows))
+    figure, axes = panels(1, 1, 0.9 + 0.36 * len(rows), 9)
     ax = axes[0, 0]
     for y, (_, d) in enumerate(rows):
         ax.plot(d.t_interval, (y, y), color="#0072B2", linewidth=1.2)
@@ -456,24 +414,25 @@ def collapse(run: Run) -> int | None:
     return at if worst >= 0.05 and AROUND <= at <= run.curve[-1][0] - AROUND else None
 
 
-def signals(runs: Runs, arm: str = "fixed_k8") -> Any:
+def signals(runs: Runs, found: Found) -> Any:
     """Signals of fixed re-use around its falls, over the runs' own medians; None if it has none."""
-    falls = {seed: at for seed, run in runs.get(arm, {}).items() if (at := collapse(run))}
+    fixed = runs.get("fixed_k8", {})
+    falls = {seed: at for seed, run in fixed.items() if (at := collapse(run))}
     if not falls:
         return None
-    figure, axes = _panels(2, 4, 14, 6.4)
+    figure, axes = panels(2, 4, 6.4, 14)
     place = np.arange(-AROUND, AROUND + 1)
     first, *others = axes.flat
     for ax, (name, title) in zip(others, SIGNALS.items(), strict=True):
         for which, colour in (("first use", "#777777"), ("last use", "#D55E00")):
-            lines = [_around(runs[arm][seed], name, which, at) for seed, at in falls.items()]
+            lines = [_around(fixed[seed], name, which, at) for seed, at in falls.items()]
             ax.plot(place, np.nanmedian(lines, axis=0), color=colour, label=which)
             low, high = np.nanpercentile(lines, (20, 80), axis=0)
             ax.fill_between(place, low, high, color=colour, alpha=0.15, linewidth=0)
         ax.axvline(0, color="#000000", linewidth=0.8, linestyle=":")
         ax.set_title(title, fontsize=10)
     for seed, at in falls.items():
-        near = [(n - at, 100 * a) for n, a in runs[arm][seed].curve if abs(n - at) <= AROUND]
+        near = [(n - at, 100 * a) for n, a in fixed[seed].curve if abs(n - at) <= AROUND]
         first.plot(*zip(*near, strict=True), color="#999999", linewidth=0.8)
     first.axvline(0, color="#000000", linewidth=0.8, linestyle=":")
     first.set_title(f"held-out accuracy (%), {len(falls)} falls", fontsize=10)
@@ -484,12 +443,9 @@ def signals(runs: Runs, arm: str = "fixed_k8") -> Any:
 
 def _around(run: Run, name: str, which: str, at: int) -> list[float]:
     """A signal's first or last use in every batch around `at`, over its median in the whole run."""
-    by_batch: dict[int, list[float]] = {}
-    for row in run.rows:
-        if row["type"] == "update" and row.get(name) is not None:
-            by_batch.setdefault(row["rollouts"], []).append(row[name])
+    by_batch = per_batch(updates(run.rows), name)
     use = 0 if which == "first use" else -1
-    middle = np.median([of[use] for of in by_batch.values()])
+    middle = np.nanmedian([of[use] for of in by_batch.values()])
     scale = 1.0 if name in ("kl", "clip_ratio", "entropy") else middle
     return [
         by_batch[n][use] / scale if n in by_batch else math.nan
@@ -497,7 +453,7 @@ def _around(run: Run, name: str, which: str, at: int) -> list[float]:
     ]
 
 
-FIGURES: dict[str, Callable[[Runs], Any]] = {
+FIGURES: dict[str, Callable[[Runs, Found], Any]] = {
     "curves": curves,
     "intervals": intervals,
     "signals": signals,
@@ -517,10 +473,11 @@ def report(name: str) -> None:
             + ", ".join(f"{label(arm)} {rate}" for arm, rate in best_rates(runs).items()),
         ]
     else:
-        lines += ["", *verdicts_table(runs), "", *effects_tables(runs)]
+        found = verdicts(runs)
+        lines += ["", *verdicts_table(found), "", *effects_tables(runs)]
         for title, draw in FIGURES.items():
             path = common.ROOT.parent / "docs" / "images" / f"evidence_{name}_{title}.png"
-            if (figure := draw(runs)) is not None:
+            if (figure := draw(runs, found)) is not None:
                 figure.savefig(path, metadata={"Software": None})
                 print(path)
     (FOLDER / f"{name}.md").write_text("\n".join(lines) + "\n")

@@ -10,7 +10,14 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import CheckpointError, ConfigError, EngineError, TaskError, TrainConfig
+from .config import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    TaskError,
+    TrainConfig,
+    changed,
+)
 
 if TYPE_CHECKING:
     from .compare import Plan
@@ -136,16 +143,12 @@ def task_options(pairs: list[str]) -> dict[str, Any]:
 
 def config_of(args: argparse.Namespace, file: dict[str, Any]) -> TrainConfig:
     """TrainConfig from what a TOML file sets, and the options that were given."""
-    known = {f.name for f in fields(TrainConfig)}
     settings = {name: value for name, value in file.items() if name not in PLAN}
-    for name in settings:
-        if name not in known:
-            raise ConfigError(f"config: expected settings of TrainConfig, got {name!r}")
-    given = {name: getattr(args, name, None) for name in known}
+    given = {f.name: getattr(args, f.name, None) for f in fields(TrainConfig)}
     settings |= {name: value for name, value in given.items() if value is not None}
     if args.task_option:
         settings["task_options"] = settings.get("task_options", {}) | task_options(args.task_option)
-    return TrainConfig(**settings)
+    return changed(TrainConfig(), settings, "config")
 
 
 def read_toml(name: str) -> dict[str, Any]:

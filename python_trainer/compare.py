@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,13 +24,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from . import checkpoint
-from .config import CheckpointError, ConfigError, EngineError, TaskError, TrainConfig
+from .config import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    TaskError,
+    TrainConfig,
+    changed,
+)
 from .distributed import Ranks, check_parallel
 from .engine import make_engine
 from .evaluate import Evaluator, shown
 from .files import Row, commit, read_metrics, use_counts, versions, write_json
 from .loop import Progress, WarmStart, load_weights, prepare, train
 from .model import check_model
+from .results import last_quarter
 from .rollout import play
 from .tasks import make_task
 
@@ -99,23 +107,11 @@ def plan(
             raise ConfigError(f"arms: expected {other} beside {name}, which matches it, got none")
         for cell in cells:
             suffix = "".join(f"@{value}" for value in cell.values())
-            found[name + suffix] = derive(config, changes | cell)
+            found[name + suffix] = changed(config, changes | cell, "arms")
             if other is not None:
                 match[name + suffix] = other + suffix
     ordered = sorted(found, key=lambda name: name in match)
     return Plan({name: found[name] for name in ordered}, seeds, match)
-
-
-def derive(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """`config` with other values.
-
-    Raises:
-        ConfigError: there is no such field, or a value does not fit.
-    """
-    for name in changes:
-        if name not in {f.name for f in fields(TrainConfig)}:
-            raise ConfigError(f"arms: expected settings of TrainConfig, got {name!r}")
-    return replace(config, **changes)
 
 
 def begin(asked: Plan, out: Path) -> None:
@@ -290,8 +286,7 @@ def summarise(
     `config` is what the seeds of an arm share; what an arm in `match` has of another one is not in
     it, but in its runs' `mean_uses`.
 
-    Per run: `final_accuracy` is the last evaluation's, `late_accuracy` the mean of the last quarter
-    of the evaluations (an arm that swings can end high or low by luck).
+    Per run: `final_accuracy` is the last evaluation's, `late_accuracy` that of the last quarter.
     `rollouts_to_single_use_final` is the first evaluated number of rollout batches at which an arm
     was as accurate as single use of the same seed at its end (null: never, or single use is not
     among the arms or did not finish).
@@ -301,7 +296,6 @@ def summarise(
         single = runs.get(("single_use", seed))
         goal = single.accuracy[-1][1] if single is not None and single.finished else None
         accuracies = [accuracy for _, accuracy in progress.accuracy]
-        late = accuracies[-max(1, len(accuracies) // 4) :]
         reached = [n for n, accuracy in progress.accuracy if goal is not None and accuracy >= goal]
         rows.append({
             "arm": name,
@@ -315,7 +309,7 @@ def summarise(
             "updates_applied": progress.updates_applied,
             "mean_uses": progress.mean_uses,
             "final_accuracy": accuracies[-1] if accuracies else None,
-            "late_accuracy": sum(late) / len(late) if late else None,
+            "late_accuracy": last_quarter(accuracies) if accuracies else None,
             "best_accuracy": max(accuracies, default=None),
             "rollouts_to_single_use_final": reached[0] if reached else None,
             "wall_s": round(sum(progress.seconds.values()), 3),

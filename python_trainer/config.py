@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -257,3 +257,15 @@ class TrainConfig:
             raise ConfigError(
                 f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}"
             )
+
+
+def changed(config: TrainConfig, values: dict[str, Any], where: str) -> TrainConfig:
+    """`config` with other values, which came from `where`.
+
+    Raises:
+        ConfigError: there is no such field, or a value does not fit.
+    """
+    for name in values:
+        if name not in {f.name for f in fields(TrainConfig)}:
+            raise ConfigError(f"{where}: expected settings of TrainConfig, got {name!r}")
+    return replace(config, **values)

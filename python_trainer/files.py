@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -66,38 +67,44 @@ class MetricsLog:
             self._file.close()
 
 
+def decoded(line: str) -> Row:
+    """A row as `MetricsLog` wrote it, with null as NaN again."""
+    row = json.loads(line)
+    for key, value in row.items():
+        if value is None:
+            row[key] = math.nan
+        elif isinstance(value, str) and value in _INFINITIES:
+            row[key] = _INFINITIES[value]
+    return row
+
+
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl`, with null as NaN again."""
-    rows = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n"):  # cut by a crash; a run that goes on writes it again
-            break
-        row = json.loads(line)
-        for key, value in row.items():
-            if value is None:
-                row[key] = math.nan
-            elif isinstance(value, str) and value in _INFINITIES:
-                row[key] = _INFINITIES[value]
-        rows.append(row)
-    return rows
+    """The rows of a `metrics.jsonl`; a last one that a crash has cut is written again on resume."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [decoded(line) for line in itertools.takewhile(lambda x: x.endswith("\n"), lines)]
+
+
+def updates(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["type"] == "update"]
+
+
+def per_batch(rows: list[Row], key: str) -> dict[int, list[float]]:
+    """Values of `key` by rollout batch."""
+    batches: dict[int, list[float]] = {}
+    for row in rows:
+        batches.setdefault(row["rollouts"], []).append(float(row[key]))
+    return batches
 
 
 def energies(rows: list[Row]) -> list[list[float]]:
     """Gate energies by rollout batch, in the form that `dgg_kernels.replay` takes."""
-    batches: dict[int, list[float]] = {}
-    for row in rows:
-        if row["type"] == "update":
-            batches.setdefault(row["rollouts"], []).append(row["gate/energy"])
-    return list(batches.values())
+    return list(per_batch(updates(rows), "gate/energy").values())
 
 
 def use_counts(rows: list[Row]) -> list[int]:
     """Applied updates of each rollout batch."""
-    counts: dict[int, int] = {}
-    for row in rows:
-        if row["type"] == "update":
-            counts[row["rollouts"]] = counts.get(row["rollouts"], 0) + (not row["gate/shut"])
-    return list(counts.values())
+    shut = per_batch(updates(rows), "gate/shut").values()
+    return [len(of) - int(sum(of)) for of in shut]
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

@@ -7,7 +7,7 @@ import math
 from statistics import fmean, stdev
 from typing import Any
 
-from .files import Row
+from .files import Row, per_batch, updates
 
 Logs = dict[str, dict[int, list[Row]]]  # arm -> seed -> rows; nothing in it is empty
 Curve = dict[int, float]  # rollout batches -> value
@@ -15,12 +15,27 @@ Curve = dict[int, float]  # rollout batches -> value
 # Okabe and Ito's palette, told apart by colour-blind readers; dashes for those who print in grey.
 STYLES = {
     "single_use": ("Single use", "#000000", "-"),
+    "fixed_k2": ("Fixed K=2", "#E69F00", ":"),
+    "fixed_k3": ("Fixed K=3", "#E69F00", "-."),
     "fixed_k4": ("Fixed K=4", "#E69F00", "--"),
     "fixed_k8": ("Fixed K=8", "#D55E00", "-"),
     "dgg": ("DGG", "#0072B2", "-"),
+    "dgg_squared": ("DGG, squared norm", "#0072B2", "--"),
     "random": ("Random stop", "#CC79A7", "--"),
+    "shuffled": ("DGG's counts, shuffled", "#CC79A7", "-"),
+    "shuffled_squared": ("DGG's counts, squared norm, shuffled", "#CC79A7", "-."),
+    "shuffled_gain": ("Gain gate's counts, shuffled", "#CC79A7", ":"),
+    "shuffled_kl": ("KL stop's counts, shuffled", "#CC79A7", ":"),
+    "gain": ("Gain gate", "#009E73", "-"),
     "kl": ("KL stop", "#009E73", "-."),
+    "chi2": ("χ² stop", "#009E73", ":"),
     "global_norm": ("Global-norm gate", "#56B4E9", "-."),
+    "middle_norm": ("Middle-layer gate", "#56B4E9", ":"),
+    "tempered": ("Tempered re-use", "#777777", "-."),
+    "skip_step": ("SkipStep", "#777777", "--"),
+    "zclip": ("ZClip", "#777777", ":"),
+    "oracle": ("Hindsight oracle", "#000000", ":"),
+    "all_uses": ("Fixed K=8, effects recorded", "#D55E00", ":"),
 }
 # Where z goes far, its axis is linear up to 4 and logarithmic beyond.
 Z_TICKS = (-1000, -100, -10, -4, -2, 0, 2, 4, 10, 100, 1000)
@@ -28,14 +43,20 @@ INK, GRID = "#333333", "#DDDDDD"
 
 
 def style(arm: str) -> tuple[str, str, str]:
-    """(label, colour, dash) of an arm, a grey line for one that `train` was given other values."""
-    return STYLES.get(arm, (arm, "#777777", "-"))
+    """(label, colour, dash) of an arm, a grey line for one that has none of its own.
+
+    `arm@value` is the arm of a grid (`compare.plan`).
+    """
+    name, *values = arm.split("@")
+    label, colour, dash = STYLES.get(name, (name, "#777777", "-"))
+    return " @ ".join([label, *values]), colour, dash
 
 
-def _axes(rows: int, columns: int, height: float) -> tuple[Any, Any]:
+def panels(rows: int, columns: int, height: float, width: float = 11) -> tuple[Any, Any]:
+    """A figure of this size in inches, and its axes [rows, columns]."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    figure = Figure(figsize=(11, height), dpi=110, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.grid(color=GRID, linewidth=0.6)
@@ -97,20 +118,8 @@ def draw_curves(ax: Any, arm: str, curves: list[Curve]) -> None:
         ax.fill_between(list(means), low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def updates(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row["type"] == "update"]
-
-
 def applied(rows: list[Row]) -> list[Row]:
     return [row for row in updates(rows) if not row["gate/shut"]]
-
-
-def per_batch(rows: list[Row], key: str) -> dict[int, list[float]]:
-    """Values of `key` by rollout batch."""
-    batches: dict[int, list[float]] = {}
-    for row in rows:
-        batches.setdefault(row["rollouts"], []).append(float(row[key]))
-    return batches
 
 
 def batch_curve(rows: list[Row], key: str, of: Any) -> Curve:
@@ -119,7 +128,7 @@ def batch_curve(rows: list[Row], key: str, of: Any) -> Curve:
 
 
 def draw_learning(logs: Logs) -> bytes:
-    figure, axes = _axes(1, 2, 4.6)
+    figure, axes = panels(1, 2, 4.6)
     left, right = axes[0]
     for arm, seeds in logs.items():
         evals = [[row for row in rows if row["type"] == "eval"] for rows in seeds.values()]
@@ -141,7 +150,7 @@ def draw_gates(logs: Logs, thresholds: dict[str, float]) -> bytes:
     firsts = {which: rows for which, rows in firsts.items() if rows}
     if not firsts:
         return b""
-    figure, axes = _axes(2 * len(firsts), 1, 5.2 * len(firsts))
+    figure, axes = panels(2 * len(firsts), 1, 5.2 * len(firsts))
     for i, ((arm, seed), rows) in enumerate(firsts.items()):
         label, colour, _ = style(arm)
         shut, kept = [row for row in rows if row["gate/shut"]], applied(rows)
@@ -179,7 +188,7 @@ def draw_gates(logs: Logs, thresholds: dict[str, float]) -> bytes:
 
 
 def draw_divergence(logs: Logs) -> bytes:
-    figure, axes = _axes(2, 2, 7.2)
+    figure, axes = panels(2, 2, 7.2)
     for column, (layer, title) in enumerate((("lm_head", "lm_head"), ("middle", "middle layer"))):
         per_update, total = axes[0, column], axes[1, column]
         for arm, seeds in logs.items():
@@ -202,7 +211,7 @@ def draw_divergence(logs: Logs) -> bytes:
 
 
 def draw_uses(logs: Logs) -> bytes:
-    figure, axes = _axes(1, 2, 4.2)
+    figure, axes = panels(1, 2, 4.2)
     left, right = axes[0]
     uses = {
         arm: [

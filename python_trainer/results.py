@@ -47,6 +47,11 @@ def finished(summary: Summary, arm: str) -> dict[int, Row]:
     return {r["seed"]: r for r in summary["runs"] if r["arm"] == arm and r["finished"]}
 
 
+def last_quarter(accuracies: Sequence[float]) -> float:
+    """Their mean over the last quarter: an arm that swings can end high or low by luck."""
+    return fmean(accuracies[-max(1, len(accuracies) // 4) :])
+
+
 def counted(summary: Summary, arm: str) -> list[Row]:
     """Runs of an arm that count: those that finished, or what there is if none did."""
     done = list(finished(summary, arm).values())

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from triton.backends.nvidia import driver as nvidia
 from triton.tools.tensor_descriptor import TensorDescriptor
-from triton_tools import SHARED_MEMORY, interpreting, repair_interpreter
+from triton_tools import SHARED_MEMORY, interpreting, poisoned, repair_interpreter
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -48,11 +48,6 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 CROSSING = {"copy_", "_to_copy", *INDEXING}
 # Products with an out_dtype, which a CPU lacks.
 WIDE_PRODUCTS = {aten.mm.dtype, aten.mm.dtype_out, aten.addmm.dtype, aten.addmm.dtype_out}
-
-
-def poisoned(t: Tensor) -> Tensor:
-    """Full of NaN, or of indices out of any range: what a kernel leaves unwritten shows."""
-    return t.fill_(torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).min // 2)
 
 
 def wide_product(func: Any) -> Callable[..., Tensor]:

@@ -105,7 +105,7 @@ def test_the_oracle_keeps_the_best_prefix(tmp_path):
         rows = read_metrics(tmp_path / arm / "metrics.jsonl")
         effects[arm] = [row["accuracies"] for row in rows if row["type"] == "effect"]
         assert [len(batch) for batch in effects[arm]] == [4] * config.rollout_batches
-        told = evidence.effects(Run(arm, 0, rows))
+        told = Run(arm, 0, rows).effects
         assert {use: len(of) for use, of in told.items()} == dict.fromkeys((2, 3), 6)
         assert told[3][0][0] == effects[arm][0][3] - effects[arm][0][2]
         assert 0 <= evidence.auc([Run(arm, 0, rows)], "KL") <= 1

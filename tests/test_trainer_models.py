@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
+from tiny_models import MODELS, build
 from torch import nn
 from trainer_toys import TINY, Digits, Echo
 
@@ -17,36 +17,6 @@ from python_trainer.model import Policy, check_head, load_policy
 from python_trainer.rollout import texts
 from python_trainer.tokenizer import ChatTokenizer, FittedTokenizer
 from python_trainer.warmup import WarmUp
-
-SHAPE = dict(
-    vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8,
-    num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, bos_token_id=None,
-    eos_token_id=None,
-)  # fmt: skip
-# What is peculiar about each head: tied, softcap, scales, bias.
-MODELS = {
-    "Llama": {"tie_word_embeddings": False},
-    "Qwen2": {"tie_word_embeddings": True},
-    "Qwen3": {},
-    "Mistral": {},
-    "Gemma2": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
-    "Gemma3Text": {"query_pre_attn_scalar": 8},
-    "Granite": {"logits_scaling": 3.0},
-    "Cohere": {"logit_scale": 0.3},
-    "Phi": {},
-}
-
-
-def build(name, **changes):
-    """A random model, its head far from uniform."""
-    torch.manual_seed(0)
-    kind = {"Gemma3Text": "Gemma3"}.get(name, name)
-    config = getattr(transformers, f"{name}Config")(**{**SHAPE, **MODELS[name], **changes})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    with torch.no_grad():
-        for parameter in model.get_output_embeddings().parameters():
-            parameter.normal_(std=0.5)
-    return model.eval()
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -70,7 +40,7 @@ def test_a_head_that_does_more_than_we_know_is_refused(name, field):
 
 @pytest.mark.parametrize(("name", "changes"), [
     ("Gemma2", {}),  # tied, softcap
-    ("Qwen2", {"micro_batch_size": 3}),  # tied: the gate adds up the head's own gradient
+    ("Qwen2, tied", {"micro_batch_size": 3}),  # tied: the gate adds up the head's own gradient
     ("Phi", {"gradient_checkpointing": True}),  # bias
     ("Llama", {"dtype": "bfloat16"}),
 ])  # fmt: skip

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from tolerance import FLOOR, assert_as_good_as_torch, error
-from triton_tools import interpreting, repair_interpreter
+from triton_tools import interpreting, poisoned, repair_interpreter
 
 if interpreting():
     repair_interpreter()
@@ -34,14 +34,8 @@ def default_device():
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch):
-    """torch.empty full of NaN, or of indices out of any range: unwritten outputs show."""
     empty = torch.empty
-
-    def poisoned(*args, **options):
-        out = empty(*args, **options)
-        return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).min // 2)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: poisoned(empty(*args, **options)))
 
 
 @pytest.fixture

@@ -19,6 +19,12 @@ from triton.compiler import ASTSource
 
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
+
+def poisoned(t: torch.Tensor) -> torch.Tensor:
+    """Full of NaN, or of indices out of any range: what a kernel leaves unwritten shows."""
+    return t.fill_(torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).min // 2)
+
+
 # -- interpreter ----------------------------------------------------------------------------------
 
 
