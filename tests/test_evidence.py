@@ -9,8 +9,11 @@ import pytest
 from rich.console import Console
 from trainer_toys import TINY, Digits
 
-from benchmarks import evidence, oracle
-from benchmarks.evidence import Run, difference, holm
+from benchmarks import common
+from benchmarks.evidence import __main__ as evidence
+from benchmarks.evidence import numbers, oracle, record
+from benchmarks.evidence.numbers import difference, holm
+from benchmarks.evidence.record import Run
 from python_trainer import compare
 from python_trainer.files import read_metrics
 from python_trainer.loop import prepare
@@ -18,7 +21,7 @@ from python_trainer.loop import prepare
 
 def made(arm, seed, accuracies, uses=1):
     rows = [{"type": "eval", "rollouts": 4 * i, "accuracy": a} for i, a in enumerate(accuracies)]
-    rows += [{"type": "update", "rollouts": 1, "gate/shut": False}] * uses
+    rows += [{"type": "update", "rollouts": 1, "gate/shut": False, "gate/energy": 1.0}] * uses
     return Run(arm, seed, rows)
 
 
@@ -26,13 +29,23 @@ def test_metrics_of_known_curves():
     single = made("single_use", 0, [0.2, 0.3, 0.4, 0.5, 0.5, 0.6, 0.5, 0.7], uses=3)
     other = made("dgg", 0, [0.2, 0.5, 0.6, 0.9, 0.9, 0.7, 0.6, 0.7])
     assert single.late == pytest.approx(0.6)
-    assert evidence.speedup(single, single) == 1.0
-    assert evidence.speedup(other, single) == 20 / 8  # 0.6 is reached at batch 20, and at 8
-    assert evidence.collapsed(other) == 1.0 and evidence.collapsed(single) == 0.0
-    assert evidence.METRICS["curve mean"](single, None) == pytest.approx(46.25)
-    assert evidence.METRICS["uses"](single, None) == 3
+    assert numbers.speedup(single, single) == 1.0
+    assert numbers.speedup(other, single) == 20 / 8  # 0.6 is reached at batch 20, and at 8
+    assert numbers.collapsed(other) == 1.0 and numbers.collapsed(single) == 0.0
+    assert numbers.METRICS["curve mean"](single, None) == pytest.approx(46.25)
+    assert numbers.METRICS["uses"](single, None) == 3
+    # Half the time is sampling: 20 batches and 3 updates, against 8 and 1.
+    assert numbers.speedup(other, single, 0.5) == (10 + 1.5) / (4 + 0.5)
     never = made("dgg", 0, [0.2] * 8)
-    assert evidence.speedup(never, single) == 20 / 28
+    assert numbers.speedup(never, single) == 20 / 28
+
+
+def test_an_update_refused_before_its_backward_costs_its_forward():
+    run = made("gain", 0, [0.5], uses=2)
+    run.rows += [{"type": "update", "rollouts": 1, "gate/shut": True, "gate/energy": math.nan}]
+    run.rows += [{"type": "update", "rollouts": 2, "gate/shut": True, "gate/energy": 1.0}]
+    assert numbers.updates_paid(run, 1) == 2 + numbers.FORWARD
+    assert numbers.updates_paid(run, 2) == 3 + numbers.FORWARD
 
 
 def test_paired_differences_and_their_intervals():
@@ -58,8 +71,8 @@ def test_holm():
 
 def test_a_record_goes_there_and_back(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "make_task", lambda name, options: Digits())
-    monkeypatch.setattr(evidence, "FOLDER", tmp_path / "results")
-    monkeypatch.setattr(evidence.common, "ROOT", tmp_path / "here" / "benchmarks")
+    monkeypatch.setattr(record, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(common, "ROOT", tmp_path / "here" / "benchmarks")
     (tmp_path / "docs" / "images").mkdir(parents=True)
     (tmp_path / "here" / "docs" / "images").mkdir(parents=True)
     arms = ["single_use", "dgg", "shuffled", "global_norm"]
@@ -67,8 +80,8 @@ def test_a_record_goes_there_and_back(tmp_path, monkeypatch, capsys):
         out = tmp_path / str(seed)
         compare.begin(compare.plan(TINY, arms, [seed]), out)
         compare.go_on(out, Console(quiet=True))
-    evidence.record([tmp_path / "0", tmp_path / "1"], "toy")
-    runs, about = evidence.read("toy")
+    record.write([tmp_path / "0", tmp_path / "1"], "toy")
+    runs, about = record.read("toy")
     assert len(about) == 2 and about[0]["commit"] == about[1]["commit"]
     assert {arm: sorted(of) for arm, of in runs.items()} == {arm: [0, 1] for arm in arms}
     rows = read_metrics(tmp_path / "1" / "dgg" / "seed-1" / "metrics.jsonl")
@@ -79,7 +92,10 @@ def test_a_record_goes_there_and_back(tmp_path, monkeypatch, capsys):
     evidence.report("toy")
     text = (tmp_path / "results" / "toy.md").read_text()
     assert "| Single use | 2 |" in text and "H4: DGG − DGG's counts, shuffled" in text
-    assert len(list((tmp_path / "here" / "docs" / "images").glob("evidence_toy_*.png"))) == 2
+    assert len(list((tmp_path / "here" / "docs" / "images").glob("evidence_toy_*.png"))) == 3
+    assert "| DGG | 1." in text.split("batches where it rose")[1]
+    evidence.main(["times", "toy"])
+    assert "| Single use | " in capsys.readouterr().out
 
 
 def test_the_best_rate_of_every_arm():
@@ -105,10 +121,10 @@ def test_the_oracle_keeps_the_best_prefix(tmp_path):
         rows = read_metrics(tmp_path / arm / "metrics.jsonl")
         effects[arm] = [row["accuracies"] for row in rows if row["type"] == "effect"]
         assert [len(batch) for batch in effects[arm]] == [4] * config.rollout_batches
-        told = Run(arm, 0, rows).effects
+        told = numbers.effects(Run(arm, 0, rows))
         assert {use: len(of) for use, of in told.items()} == dict.fromkeys((2, 3), 6)
         assert told[3][0][0] == effects[arm][0][3] - effects[arm][0][2]
-        assert 0 <= evidence.auc([Run(arm, 0, rows)], "KL") <= 1
+        assert 0 <= numbers.auc([told], "KL") <= 1
     for before, after in zip(effects["all_uses"], effects["all_uses"][1:], strict=False):
         assert after[0] == before[-1]
     # Before the first update of all there is nothing to go back to.

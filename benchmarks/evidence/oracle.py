@@ -1,6 +1,7 @@
-"""The true effect of every update, and what the best prefix of a batch's uses could gain.
+r"""The true effect of every update, and what the best prefix of a batch's uses could gain.
 
-    python -m benchmarks.oracle --config benchmarks/evidence/main.toml --seeds 0 1 --out runs/oracle
+    python -m benchmarks.evidence.oracle --config benchmarks/evidence/main.toml --seeds 0 1 \
+        --out runs/oracle
 
 Each rollout batch is used K times. After every use the accuracy is taken on held-out prompts that
 the reported accuracy does not use. The arm `oracle` then goes back to the use at which it was

@@ -1,0 +1,218 @@
+"""What the runs of docs/evidence.md came to: raw record, tables, verdicts, figures.
+
+    python -m python_trainer compare --config benchmarks/evidence/main.toml --out runs/main
+    python -m benchmarks.evidence record runs/main --save main     # raw logs, compressed
+    python -m benchmarks.evidence report main                      # tables and figures from them
+    python -m benchmarks.evidence times timed                      # of runs on a quiet machine
+
+Several run directories (some seeds each, say, on several machines) become one record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import numpy as np
+
+from python_trainer.files import per_batch, updates
+
+from .. import common
+from . import figures, record
+from .numbers import (
+    AHEAD,
+    GOAL,
+    METRICS,
+    SOONER,
+    Found,
+    auc,
+    effects,
+    holm,
+    reached,
+    speedup,
+    values,
+    verdicts,
+)  # fmt: skip
+from .record import Run, Runs, label
+
+CLOSE = (GOAL, SOONER, "uses")  # shown to two digits
+
+
+def arms_table(runs: Runs) -> Iterator[str]:
+    """One line an arm: mean ± standard deviation over the seeds."""
+    yield "| arm | seeds | " + " | ".join(METRICS) + " |"
+    yield "|---" * (len(METRICS) + 2) + "|"
+    for arm in sorted(runs, key=lambda arm: -fmean(values(runs, arm, "curve mean").values())):
+        cells = []
+        for metric in METRICS:
+            found = list(values(runs, arm, metric).values())
+            if metric == "collapses":
+                cells.append(f"{sum(found):.0f}")
+            elif not found:
+                cells.append("-")
+            else:
+                spread = f" ± {stdev(found):.1f}" if len(found) > 1 and metric != "uses" else ""
+                cells.append(
+                    f"{fmean(found):.{2 if metric in (GOAL, SOONER, 'uses') else 1}f}{spread}"
+                )
+        yield f"| {label(arm)} | {len(runs[arm])} | " + " | ".join(cells) + " |"
+
+
+def verdicts_table(found: Found) -> Iterator[str]:
+    """One line a comparison, p-values adjusted over all of them."""
+    named = {
+        f"{name}: {label(arm)} − {label(other)}, {'log ' * log}{metric}": of
+        for (name, arm, other, metric, log), of in found.items()
+    }
+    adjusted = holm({name: d.p for name, d in named.items() if not math.isnan(d.p)})
+    yield "| comparison | mean | 95 % (t) | 95 % (BCa) | seeds above 0 | p | Holm |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, of in named.items():
+        level = f"{adjusted[name]:.3f}" if name in adjusted else "-"
+        yield f"| {name} | {of} | {level} |"
+
+
+def effects_tables(runs: Runs) -> Iterator[str]:
+    """Share of harmful updates by use; AUC of every signal; of the arms that tried all uses."""
+    found = {
+        arm: [effects(run) for run in of.values()]
+        for arm, of in runs.items()
+        if any(row["type"] == "effect" for run in of.values() for row in run.rows)
+    }
+    if not found:
+        return
+    uses = sorted(next(iter(found.values()))[0])
+    yield "| harmful updates at use | " + " | ".join(map(str, uses)) + " |"
+    yield "|---" * (len(uses) + 1) + "|"
+    for arm, seen in found.items():
+        shares = [fmean(effect < 0 for of in seen for effect, _ in of[use]) for use in uses]
+        yield f"| {label(arm)} | " + " | ".join(f"{share:.0%}" for share in shares) + " |"
+    yield ""
+    yield "| AUC within a use index | " + " | ".join(map(label, found)) + " |"
+    yield "|---" * (len(found) + 1) + "|"
+    for name in AHEAD:
+        yield f"| {name} | " + " | ".join(f"{auc(of, name):.3f}" for of in found.values()) + " |"
+
+
+def surge_table(runs: Runs) -> Iterator[str]:
+    """Whether the head's gradient grows in re-use, and whether the head moves out of proportion."""
+    yield (
+        "| arm | head norm, last use over first: median | 95th percentile | batches where it rose "
+        "| step of the head over a middle layer's: first quarter | last quarter |"
+    )
+    yield "|---" * 6 + "|"
+    for arm, of in sorted(runs.items()):
+        rises, early, late = [], [], []
+        for run in of.values():
+            rows = updates(run.rows)
+            norms = per_batch(rows, "gate/energy").values()
+            rises += [v[-1] / v[0] for v in norms if len(v) > 1 and v[0] > 0 and v[-1] >= 0]
+            steps = [
+                row["dwd/lm_head"] / row["dwd/middle"] for row in rows if row["dwd/middle"] > 0
+            ]
+            early += steps[: len(steps) // 4]
+            late += steps[-len(steps) // 4 :]
+        if rises:
+            rose = fmean(rise > 1 for rise in rises)
+            yield (
+                f"| {label(arm)} | {median(rises):.2f} | {np.percentile(rises, 95):.2f} "
+                f"| {rose:.0%} | {median(early):.2f} | {median(late):.2f} |"
+            )
+
+
+def times_table(runs: Runs) -> Iterator[str]:
+    """Seconds as measured, beside what the model of `speedup` makes of them."""
+    yield (
+        "| arm | s sampling a batch | s updating | times sooner to the goal, measured "
+        "| modelled at single use's own share |"
+    )
+    yield "|---" * 5 + "|"
+    for arm, of in runs.items():
+        rows = []
+        for seed, run in of.items():
+            single, batches = runs["single_use"][seed], run.curve[-1][0]
+            goal, mine, its = single.late, spent(run), spent(single)
+            rows.append((
+                run.seconds["rollout"] / batches,
+                run.seconds["update"] / batches,
+                its * reached(single, goal) / (mine * reached(run, goal)),
+                speedup(run, single, single.seconds["rollout"] / its),
+            ))  # fmt: skip
+        cells = [median(column) for column in zip(*rows, strict=True)]
+        yield f"| {label(arm)} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |"
+
+
+def spent(run: Run) -> float:
+    return run.seconds["rollout"] + run.seconds["update"]
+
+
+def best_rates(runs: Runs) -> dict[str, str]:
+    """Arm -> the value of the grid with the highest mean curve; of two alike the smaller."""
+    found: dict[str, dict[str, float]] = {}
+    for arm in runs:
+        name, _, value = arm.partition("@")
+        found.setdefault(name, {})[value] = fmean(values(runs, arm, "curve mean").values())
+    return {name: max(sorted(of, key=float), key=of.__getitem__) for name, of in found.items()}
+
+
+def report(name: str) -> None:
+    """Print the tables, write them beside the record, and draw the figures."""
+    runs, about = record.read(name)
+    lines = [*heading(name, about), *arms_table(runs), ""]
+    if any("@" in arm for arm in runs):
+        best = ", ".join(f"{label(arm)} {rate}" for arm, rate in best_rates(runs).items())
+        lines += [f"Best by curve mean: {best}", ""]
+    else:
+        found = verdicts(runs)
+        lines += [*verdicts_table(found), "", *effects_tables(runs), ""]
+        drawn = {
+            "curves": figures.curves(runs),
+            "intervals": figures.intervals(found),
+            "signals": figures.signals(runs),
+            "time": figures.time(runs),
+            "sensitivity": figures.sensitivity(runs, about[0]["arms"]),
+        }
+        for title, figure in drawn.items():
+            if figure is not None:
+                path = common.ROOT.parent / "docs" / "images" / f"evidence_{name}_{title}.png"
+                figure.savefig(path, metadata={"Software": None})
+                print(path)
+    say(name, [*lines, *surge_table(runs)])
+
+
+def heading(name: str, about: list[dict[str, Any]]) -> list[str]:
+    return [f"Record {name}: commits {', '.join(str(a['commit'])[:12] for a in about)}.", ""]
+
+
+def say(name: str, lines: list[str]) -> None:
+    (record.FOLDER / f"{name}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Record or report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    recorded = commands.add_parser("record", help="raw logs of run directories into one file")
+    recorded.add_argument("folders", nargs="+", type=Path)
+    recorded.add_argument("--save", required=True, metavar="NAME")
+    commands.add_parser("report", help="tables and figures of a record").add_argument("name")
+    commands.add_parser("times", help="wall-clock times of a record").add_argument("name")
+    args = parser.parse_args(argv)
+    if args.command == "record":
+        print(record.write(args.folders, args.save))
+    elif args.command == "report":
+        report(args.name)
+    else:
+        runs, about = record.read(args.name)
+        say(args.name, [*heading(args.name, about), *times_table(runs)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Run directories as one compressed file of rows, and the way back."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from python_trainer.files import decoded, read_metrics
+from python_trainer.plots import style
+from python_trainer.results import last_quarter
+
+from .. import common
+
+FOLDER = common.RESULTS / "evidence"
+# Of an update, what the tables and figures need; the rest is in the run directory's own log.
+KEPT = (
+    "type", "step", "rollouts", "updates_applied", "reward", "loss", "kl", "entropy", "clip_ratio",
+    "grad_norm", "gate/energy", "gate/z", "gate/chi2", "gate/shut", "gate/reuse", "dwd/lm_head",
+    "dwd/middle", "accuracy", "accuracies",
+)  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One arm in one seed."""
+
+    arm: str
+    seed: int
+    rows: list[dict[str, Any]]
+    seconds: dict[str, float] = field(default_factory=dict)  # spent on rollouts, updates, ...
+    curve: list[tuple[int, float]] = field(init=False)  # (rollout batches, held-out accuracy)
+
+    def __post_init__(self) -> None:
+        self.curve = [(r["rollouts"], r["accuracy"]) for r in self.rows if r["type"] == "eval"]
+
+    @property
+    def values(self) -> list[float]:
+        return [accuracy for _, accuracy in self.curve]
+
+    @property
+    def late(self) -> float:
+        return last_quarter(self.values)
+
+    def reaches(self, goal: float) -> int | None:
+        """Rollout batches at the first evaluation at or above it."""
+        return next((n for n, accuracy in self.curve if accuracy >= goal), None)
+
+
+Runs = dict[str, dict[int, Run]]  # arm -> seed -> run
+
+
+def write(folders: Sequence[Path], name: str) -> Path:
+    """Write the finished runs of these directories as one compressed file of rows."""
+    path = FOLDER / f"{name}.jsonl.xz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lzma.open(path, "wt", preset=6) as file:
+        for folder in folders:
+            summary = json.loads((folder / "summary.json").read_text())
+            about = {key: summary[key] for key in ("versions", "commit", "warmups")}
+            plan = json.loads((folder / "run.json").read_text())
+            file.write(json.dumps({"type": "about", **about, **plan}) + "\n")
+            for run in summary["runs"]:
+                if not run["finished"]:
+                    continue
+                head = {key: run[key] for key in ("arm", "seed", "seconds")}
+                file.write(json.dumps({"type": "run", **head}) + "\n")
+                log = folder / run["arm"] / f"seed-{run['seed']}" / "metrics.jsonl"
+                for row in read_metrics(log):
+                    if row["type"] != "episode":
+                        kept = {k: _short(row[k]) for k in KEPT if k in row}
+                        file.write(json.dumps(kept) + "\n")
+    return path
+
+
+def _short(value: Any) -> Any:
+    """Six digits are more than any table shows; NaN, which JSON has not, becomes null."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def read(name: str) -> tuple[Runs, list[dict[str, Any]]]:
+    """The runs of a record, and what each of its directories says of itself."""
+    about, logs, rows = [], [], []
+    with lzma.open(FOLDER / f"{name}.jsonl.xz", "rt") as file:
+        for row in map(decoded, file):
+            if row["type"] == "about":
+                about.append(row)
+            elif row["type"] == "run":
+                rows = []
+                logs.append((row["arm"], row["seed"], rows, row.get("seconds", {})))
+            else:
+                rows.append(row)
+    runs: Runs = {}
+    for arm, seed, *of in logs:
+        runs.setdefault(arm, {})[seed] = Run(arm, seed, *of)
+    return runs, about
+
+
+def label(arm: str) -> str:
+    return style(arm)[0]
