@@ -81,7 +81,7 @@ def share_of_update(threads: int) -> dict[str, float]:
 
     config = TrainConfig(
         rollout_batches=20, num_iterations=4, warmup_max_steps=20, eval_every=100,
-        eval_prompts=64, threads=threads, gate_threshold=1e9,
+        eval_prompts=64, threads=threads, gate="dgg", gate_threshold=1e9,
     )  # fmt: skip
     seconds = []
     original = GradientGate.decide

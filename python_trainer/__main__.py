@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 DESCRIPTION = "A thin GRPO trainer with gated re-use of rollout batches."
 EXAMPLES = """\
 examples:
-  # the demo: five arms from one warm start, a table, plots and a report (minutes on a CPU)
+  # the demo: six arms from one warm start, a table, plots and a report (minutes on a CPU)
   python -m python_trainer compare --out runs/demo
 
   # the same with every control, three seeds, one report
   python -m python_trainer compare --out runs/all --seeds 0 1 2 \\
-      --arms single_use fixed_k4 fixed_k8 dgg random shuffled gain kl chi2 global_norm
+      --arms single_use fixed_k4 fixed_k8 dgg random gain shuffled kl chi2 global_norm
 
   # one gated run in a shop; settings from python_trainer/configs/webshop.toml
   python -m python_trainer train --task webshop --out runs/shop --gate dgg --gate-threshold 0.5
@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     compare.add_argument(
         "--arms", nargs="+", default=None, metavar="ARM",
-        help="single_use fixed_k4 fixed_k8 dgg random (default), shuffled, gain, kl, chi2, "
+        help="single_use fixed_k4 fixed_k8 dgg random gain (default), shuffled, kl, chi2, "
         "global_norm, middle_norm, skip_step, zclip, or [arms.NAME] of the TOML file",
     )  # fmt: skip
     compare.add_argument(

@@ -55,7 +55,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                                          "skip_step", "zclip")},
 }  # fmt: skip
 Mirrors = Callable[[Path], "list[Callable[[Row], None]]"]
-DEFAULT_ARMS = ("single_use", "fixed_k4", "fixed_k8", "dgg", "random")
+DEFAULT_ARMS = ("single_use", "fixed_k4", "fixed_k8", "dgg", "random", "gain")
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,8 @@ def matched(config: TrainConfig, other: Path) -> TrainConfig:
     counts = use_counts(read_metrics(other / "metrics.jsonl"))
     if config.gate == "shuffled":
         return replace(config, use_counts=tuple(counts))
-    uses = min(max(fmean(counts), 1.0), float(config.num_iterations))
+    passes = fmean(counts) / config.mini_batches
+    uses = min(max(passes, 1.0), float(config.num_iterations))
     return replace(config, mean_uses=uses)
 
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 GATES = (
     "off", "dgg", "gain", "random", "shuffled", "kl", "chi2", "global_norm", "middle_norm",
     "skip_step", "zclip",
 )  # fmt: skip
+
+
+class Score(NamedTuple):
+    """What a gate scores a value of its signal by."""
+
+    threshold: float  # tau, standard deviations
+    window: int  # values
+    include_shut: bool  # those that shut the gate among them
+
+
+PAPERS = Score(0.5, 32, False)  # on the norm of a gradient
+SCORES = {"gain": Score(0.4, 96, True)}  # as docs/evidence.md tested it
 LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo")
 SCALES = ("group", "batch", "none")
 STATISTICS = ("increment", "level", "either")
@@ -66,7 +78,8 @@ class TrainConfig:
     temperature: float = 1.0
 
     # Updates
-    num_iterations: int = 8  # K: the most updates that one rollout batch may give
+    num_iterations: int = 8  # K: the most passes over one rollout batch
+    mini_batches: int = 1  # updates a pass, each of another part of the batch
     loss_type: str = "dapo"
     epsilon: float = 0.2
     # None: the same as epsilon. With cispo it must be given: the most that a ratio may weigh.
@@ -85,17 +98,19 @@ class TrainConfig:
     screen: str | None = None  # "int8", "fp8", "bf16": screened logits, in every pass of the policy
 
     # When to stop re-using a batch
-    gate: str = "dgg"
-    gate_threshold: float = 0.5  # tau, standard deviations
-    gate_window: int = 32
+    gate: str = "gain"
+    # Of the gates that score a signal; None: the gate's own value (SCORES).
+    gate_threshold: float | None = None  # tau, standard deviations
+    gate_window: int | None = None
+    gate_include_shut: bool | None = None  # values that shut the gate enter its window
     gate_statistic: str = "increment"
     gate_average: str = "window"  # "ema": a running mean and deviation that forget by 3 % a value
     gate_squared: bool = False  # score the squared norm
-    gate_include_shut: bool = False  # values that shut the gate enter its window
     kl_stop: float = 0.01  # gate="kl": stop when KL(old || new) per token exceeds this
     chi2_stop: float = 0.1  # gate="chi2": stop when the batch's Pearson chi-squared exceeds this
-    mean_uses: float = 2.0  # gate="random": updates per batch to aim at
-    use_counts: tuple[int, ...] = ()  # gate="shuffled": uses of each batch, in any order
+    mean_uses: float = 2.0  # gate="random": passes over a batch to aim at
+    use_counts: tuple[int, ...] = ()  # gate="shuffled": updates from each batch, in any order
+    shuffle_within: int | None = None  # among so many batches in a row; None: among all
 
     # Model: embedded (small, trained from scratch), smollm2, or a transformers name or folder
     model: str = "embedded"
@@ -129,16 +144,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in (
             "rollout_batches", "prompts_per_batch", "max_completion_length", "max_context_length",
-            "generation_batch_size", "num_iterations", "vocab_size", "hidden_size", "num_layers",
-            "num_heads", "warmup_batch_size", "warmup_eval_every", "eval_every", "eval_prompts",
-            "save_every", "threads",
+            "generation_batch_size", "num_iterations", "mini_batches", "vocab_size", "hidden_size",
+            "num_layers", "num_heads", "warmup_batch_size", "warmup_eval_every", "eval_every",
+            "eval_prompts", "save_every", "threads",
         ):  # fmt: skip
             self._integer(name, at_least=1)
-        for name in ("micro_batch_size", "lr_decay"):
+        for name in ("micro_batch_size", "lr_decay", "shuffle_within"):
             if getattr(self, name) is not None:
                 self._integer(name, at_least=1)
         self._integer("num_generations", at_least=2)  # a group of one has no advantage
-        self._integer("gate_window", at_least=2)
         for name in ("warmup_max_steps", "lr_warmup", "lora_rank"):
             self._integer(name, at_least=0)
         self._integer("seed", at_least=0)
@@ -148,8 +162,13 @@ class TrainConfig:
             self._number(name, above=0.0)
         for name in ("beta", "weight_decay", "kl_stop", "chi2_stop", "grad_eps"):
             self._number(name, at_least=0.0)
-        for name in ("gate_threshold", "mean_uses"):
-            self._number(name)
+        self._number("mean_uses")
+        if self.gate_threshold is not None:
+            self._number("gate_threshold")
+        if self.gate_window is not None:
+            self._integer("gate_window", at_least=2)
+        if not isinstance(self.gate_include_shut, bool | None):
+            raise ConfigError(f"gate_include_shut: expected a bool, got {self.gate_include_shut!r}")
         self._number("warmup_accuracy", at_least=0.0, at_most=1.0)
         for name in ("epsilon", "reuse_decay"):
             self._number(name, above=0.0, at_most=1.0)
@@ -166,7 +185,6 @@ class TrainConfig:
         self._choice("parallel", PARALLELS)
         for name in (
             "mask_truncated_completions", "gradient_checkpointing", "gate_squared",
-            "gate_include_shut",
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected a bool, got {getattr(self, name)!r}")
@@ -187,11 +205,27 @@ class TrainConfig:
                 f"mean_uses: expected 1 <= mean_uses <= num_iterations ({self.num_iterations}) "
                 f"for gate='random', got {self.mean_uses!r}"
             )
+        if self.prompts_per_batch % self.mini_batches:
+            raise ConfigError(
+                f"mini_batches: expected a divisor of prompts_per_batch ({self.prompts_per_batch}),"
+                f" got {self.mini_batches!r}"
+            )
         if self.hidden_size % (2 * self.num_heads):
             raise ConfigError(
                 "hidden_size: expected a multiple of 2 * num_heads "
                 f"({2 * self.num_heads}; rotary embeddings pair channels), got {self.hidden_size!r}"
             )
+
+    @property
+    def score(self) -> Score:
+        """What the gate scores a value by."""
+        given = {
+            "threshold": self.gate_threshold,
+            "window": self.gate_window,
+            "include_shut": self.gate_include_shut,
+        }
+        own = SCORES.get(self.gate, PAPERS)
+        return own._replace(**{name: value for name, value in given.items() if value is not None})
 
     @property
     def clip_range(self) -> tuple[float, float]:

@@ -75,9 +75,12 @@ def check_parallel(config: TrainConfig) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.parallel == "fsdp2" and "WORLD_SIZE" not in os.environ:
         raise ConfigError("parallel: expected fsdp2 under torchrun, got a single process")
-    if config.prompts_per_batch % world:
-        raise ConfigError(f"prompts_per_batch: expected a multiple of the {world} processes, "
-                          f"got {config.prompts_per_batch}")  # fmt: skip
+    parts = world * config.mini_batches
+    if config.prompts_per_batch % parts:
+        raise ConfigError(
+            f"prompts_per_batch: expected a multiple of {world} processes x {config.mini_batches} "
+            f"mini-batches ({parts}), got {config.prompts_per_batch}"
+        )
 
 
 def spread(policy: Policy, config: TrainConfig, ranks: Ranks) -> nn.Module:

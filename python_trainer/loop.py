@@ -50,8 +50,8 @@ class Progress:
 
     rollouts: int = 0  # rollout batches drawn
     sequences: int = 0  # completions sampled: rollouts * prompts_per_batch * num_generations
-    uses: int = 0  # begun, of the batch in hand
-    updates_attempted: int = 0  # uses begun, applied or not
+    uses: int = 0  # updates begun, of the batch in hand
+    updates_attempted: int = 0  # of all batches, applied or not
     updates_applied: int = 0
     accuracy: list[tuple[int, float]] = field(default_factory=list)  # (rollouts, accuracy)
     seconds: dict[str, float] = field(
@@ -215,7 +215,7 @@ class Run:
     def use_again(self) -> bool:
         """One more update from the batch in hand, unless it is used up. May another follow?"""
         config, progress, batch = self.config, self.progress, self.batch
-        if batch is None or progress.uses == config.num_iterations:
+        if batch is None or progress.uses == config.num_iterations * config.mini_batches:
             return False
         if not self.arm.allows(progress.rollouts, progress.uses + 1):
             return False
@@ -223,13 +223,17 @@ class Run:
         progress.uses += 1
         progress.updates_attempted += 1
         self.optimizer.zero_grad(set_to_none=True)
-        rate = self.schedule.get_last_lr()[0] * config.reuse_decay ** (progress.uses - 1)
+        earlier, part = divmod(progress.uses - 1, config.mini_batches)
+        rate = self.schedule.get_last_lr()[0] * config.reuse_decay**earlier
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        share_BC = token_shares(batch.mask_BC, config, self.ranks.total)
-        watch = Watch(config, self.ranks, self.ranks.total(batch.mask_BC.sum()))
+        size = len(batch.reward_B) // config.mini_batches
+        micro_batches = self._micro_batches(part * size, size)
+        here = slice(part * size, (part + 1) * size)
+        share_BC = torch.zeros_like(batch.old_logp_BC)
+        share_BC[here] = token_shares(batch.mask_BC[here], config, self.ranks.total)
+        watch = Watch(config, self.ranks, self.ranks.total(batch.mask_BC[here].sum()))
         seen: dict[str, Tensor] = {}
-        micro_batches = self._micro_batches(len(batch.reward_B))
         for rows in micro_batches:
             mask_BC, advantage_B = batch.mask_BC[rows], batch.advantage_B[rows]
             evaluated = self.model(
@@ -258,7 +262,7 @@ class Run:
         progress.updates_applied += applied
         seen["learning_rate"] = torch.tensor(rate, dtype=torch.float64)
         self.scheduler.step()  # counts applied updates
-        self.log.write(update_row(progress, batch, self.ranks, seen, applied))
+        self.log.write(update_row(progress, earlier + 1, batch, self.ranks, seen, applied))
         progress.seconds["update"] += time.perf_counter() - began
         return self.arm.goes_on(applied)
 
@@ -328,17 +332,22 @@ class Run:
         """Log-probs and log-sum-exps [B, C]."""
         parts = [
             model(*sequences.rows(rows), self.config).out
-            for rows in self._micro_batches(len(sequences.mask_BC))
+            for rows in self._micro_batches(0, len(sequences.mask_BC))
         ]
         return torch.cat([out.logp for out in parts]), torch.cat([out.lse for out in parts])
 
-    def _micro_batches(self, n: int) -> list[slice]:
-        size = self.config.micro_batch_size or n
-        return [slice(first, first + size) for first in range(0, n, size)]
+    def _micro_batches(self, first: int, n: int) -> list[slice]:
+        size, end = self.config.micro_batch_size or n, first + n
+        return [slice(i, min(i + size, end)) for i in range(first, end, size)]
 
 
 def update_row(
-    progress: Progress, batch: Rollout, ranks: Ranks, seen: dict[str, Tensor], applied: bool
+    progress: Progress,
+    use: int,
+    batch: Rollout,
+    ranks: Ranks,
+    seen: dict[str, Tensor],
+    applied: bool,
 ) -> Row:
     """One attempted update. What is not known of one that had no backward is null.
 
@@ -347,7 +356,7 @@ def update_row(
     and `completion_length` (tokens of the policy) are per episode, `truncated` the share that a
     limit on tokens cut. `kl` is KL(old || new) and `kl_ref` that to the warm start, nats per token,
     as `entropy`; `clip_ratio` the share of tokens whose gradient the clip cuts off. `gate/reuse`
-    counts uses from 1; `gate/energy` is the norm that the gate scored, `grad_norm` the global one
+    counts passes from 1; `gate/energy` is the norm that the gate scored, `grad_norm` the global one
     before clipping. `dwd/*` is ‖W_t - W_{t-1}‖ / ‖W_{t-1}‖ (0 when discarded), `dwd_total/*` that
     against W_0. `learning_rate` is this update's.
     """
@@ -374,7 +383,7 @@ def update_row(
         "completion_length": length,
         "truncated": truncated,
         "gate/shut": not applied,
-        "gate/reuse": progress.uses,
+        "gate/reuse": use,
         **{name: values.get(name) for name in names},
     }
 

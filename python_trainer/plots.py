@@ -23,6 +23,8 @@ STYLES = {
     "dgg_squared": ("DGG, squared norm", "#0072B2", "--"),
     "random": ("Random stop", "#CC79A7", "--"),
     "shuffled": ("DGG's counts, shuffled", "#CC79A7", "-"),
+    "local_dgg": ("DGG's counts, shuffled among 16", "#CC79A7", "-"),
+    "local_gain": ("Gain gate's counts, shuffled among 16", "#CC79A7", ":"),
     "shuffled_squared": ("DGG's counts, squared norm, shuffled", "#CC79A7", "-."),
     "shuffled_gain": ("Gain gate's counts, shuffled", "#CC79A7", ":"),
     "shuffled_kl": ("KL stop's counts, shuffled", "#CC79A7", ":"),

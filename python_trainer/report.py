@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .compare import read_run
-from .config import ConfigError
+from .config import ConfigError, TrainConfig
 from .files import Row, read_metrics, write_atomically
 from .plots import Logs, draw_divergence, draw_gates, draw_learning, draw_uses, style
 from .results import (
@@ -54,8 +54,8 @@ def write(out: Path) -> None:
 
 def draw(logs: Logs, summary: Summary) -> Plots:
     """The plots that there is something to draw in."""
-    config = summary["config"]
-    thresholds = {a: config[a]["gate_threshold"] for a in logs if config[a]["gate"] in GATED}
+    configs = {arm: TrainConfig(**summary["config"][arm]) for arm in logs}
+    thresholds = {arm: c.score.threshold for arm, c in configs.items() if c.gate in GATED}
     plots = {
         "learning": ("Accuracy and reward against rollout batches", draw_learning(logs)),
         "gate": ("What the gates saw", draw_gates(logs, thresholds)),

@@ -21,7 +21,7 @@ from .model import Policy
 
 
 class Arm:
-    """Up to K updates per batch, always (gate="off"). The other arms override a method each."""
+    """Up to K passes over a batch, always (gate="off"). The other arms override a method each."""
 
     def __init__(
         self, config: TrainConfig, policy: Policy, optimizer: torch.optim.Optimizer
@@ -31,8 +31,8 @@ class Arm:
         self.gate.attach(optimizer, max_grad_norm=config.max_grad_norm)
         self.memory: list[float] = []  # what else a checkpoint must hold
 
-    def allows(self, batch: int, use: int) -> bool:
-        """Before use number `use` of rollout batch `batch` (both from 1): may it begin?"""
+    def allows(self, batch: int, update: int) -> bool:
+        """Before update number `update` from rollout batch `batch` (both from 1): may it begin?"""
         return True
 
     def foresee(self, seen: dict[str, Tensor]) -> None:
@@ -106,7 +106,7 @@ class Chi2Stop(KLStop):
 
 
 class RandomStop(Arm):
-    """A coin before each re-use: the control for "fewer updates", whatever their choice."""
+    """A coin before each further pass: the control for "fewer updates", whatever their choice."""
 
     def __init__(
         self, config: TrainConfig, policy: Policy, optimizer: torch.optim.Optimizer
@@ -114,23 +114,33 @@ class RandomStop(Arm):
         super().__init__(config, policy, optimizer)
         self.go_on = continue_probability(config.mean_uses, config.num_iterations)
 
-    def allows(self, batch: int, use: int) -> bool:
-        coin = random.Random(f"{self.config.seed} stop {batch} {use}").random()
-        return use == 1 or coin < self.go_on
+    def allows(self, batch: int, update: int) -> bool:
+        use, within = divmod(update - 1, self.config.mini_batches)
+        if use == 0 or within > 0:
+            return True
+        coin = random.Random(f"{self.config.seed} stop {batch} {use + 1}").random()
+        return coin < self.go_on
 
 
 class ShuffledStop(Arm):
-    """As many uses of each batch as another run made of some other one: its counts, shuffled."""
+    """As many updates from each batch as another run made of some other: its counts, shuffled.
+
+    Among `shuffle_within` batches in a row they keep that run's trend over time.
+    """
 
     def __init__(
         self, config: TrainConfig, policy: Policy, optimizer: torch.optim.Optimizer
     ) -> None:
         super().__init__(config, policy, optimizer)
-        self.counts = list(config.use_counts)
-        random.Random(f"{config.seed} shuffled").shuffle(self.counts)
+        self.counts, rng = [], random.Random(f"{config.seed} shuffled")
+        size = config.shuffle_within or len(config.use_counts) or 1
+        for first in range(0, len(config.use_counts), size):
+            block = list(config.use_counts[first : first + size])
+            rng.shuffle(block)
+            self.counts += block
 
-    def allows(self, batch: int, use: int) -> bool:
-        return use <= self.counts[batch - 1]
+    def allows(self, batch: int, update: int) -> bool:
+        return update <= self.counts[batch - 1]
 
 
 class SkipStep(Arm):
@@ -214,13 +224,14 @@ def gate_config(config: TrainConfig, policy: Policy) -> GateConfig:
     several = config.micro_batch_size is not None  # backward passes add up in .grad
     frozen = not policy.head.weight.requires_grad
     return GateConfig(
-        threshold=config.gate_threshold if config.gate in GATED else math.inf,
-        window=config.gate_window,
+        threshold=config.score.threshold if config.gate in GATED else math.inf,
+        window=config.score.window,
         max_reuse=config.num_iterations,
+        mini_batches=config.mini_batches,
         statistic=config.gate_statistic,  # type: ignore[arg-type]
         average=config.gate_average,  # type: ignore[arg-type]
         squared=config.gate_squared,
-        include_shut=config.gate_include_shut,
+        include_shut=config.score.include_shut,
         # What the head alone gets, where .grad does not hold it.
         accumulate=frozen or (policy.tied and several),
     )

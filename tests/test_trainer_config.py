@@ -33,6 +33,9 @@ WRONG = [
     ("beta", -0.1, ">= 0"),
     ("warmup_accuracy", 2, "<= 1"),
     ("gate_window", 1, "integer >= 2"),
+    ("shuffle_within", 0, "integer >= 1"),
+    ("mini_batches", 3, "a divisor of prompts_per_batch (16)"),
+    ("gate_include_shut", 1, "a bool"),
     ("hidden_size", 30, "multiple of"),
     ("task_options", [], "a dict"),
     ("model", "", "name"),
@@ -41,6 +44,13 @@ WRONG = [
     ("parallel", "tensor", "one of ddp, fsdp2"),
     ("task_timeout", 0, "> 0"),
 ]
+
+
+def test_a_gates_own_score_and_what_is_said_instead():
+    assert TrainConfig(gate="dgg").score == (0.5, 32, False)  # the paper's
+    assert TrainConfig(gate="gain").score == (0.4, 96, True) == TrainConfig().score
+    given = TrainConfig(gate="gain", gate_threshold=0.0, gate_include_shut=False)
+    assert given.score == (0.0, 96, False)
 
 
 @pytest.mark.parametrize(("field", "value", "expected"), WRONG)

@@ -18,7 +18,7 @@ from rich.console import Console
 from trainer_toys import TINY, Digits, Echo, Fails
 
 from dgg_kernels import replay
-from python_trainer import checkpoint, compare, report, tasks
+from python_trainer import checkpoint, compare, loop, report, tasks
 from python_trainer.__main__ import main
 from python_trainer.config import CheckpointError, TaskError
 from python_trainer.files import MetricsLog, energies, read_metrics, use_counts, write_atomically
@@ -55,11 +55,14 @@ def one_run(config, start, folder):
     return progress, read_metrics(folder / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("gate", list(ARMS))
-def test_same_seed_same_bytes_and_replay_repeats_the_decisions(gate, start, tmp_path):
+@pytest.mark.parametrize(
+    ("gate", "parts"),
+    [*((gate, 1) for gate in ARMS), ("dgg", 2), ("gain", 2), ("random", 2), ("shuffled", 2)],
+)
+def test_same_seed_same_bytes_and_replay_repeats_the_decisions(gate, parts, start, tmp_path):
     # At tau = -1 the gate shuts often; limits that re-use does exceed.
-    config = replace(TINY, gate=gate, gate_threshold=-1.0, kl_stop=1e-4, chi2_stop=1e-4,
-                     use_counts=(1, 2, 3, 4, 5, 6))  # fmt: skip
+    config = replace(TINY, gate=gate, mini_batches=parts, gate_threshold=-1.0, kl_stop=1e-4,
+                     chi2_stop=1e-4, use_counts=(1, 2, 3, 4, 5, 6))  # fmt: skip
     result, rows = one_run(config, start, tmp_path / "a")
     one_run(config, start, tmp_path / "b")
     texts = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in "ab"]
@@ -116,6 +119,21 @@ def test_micro_batches_add_up_to_the_batch(echo, tmp_path):
     for row, other in zip(whole, parts, strict=True):
         for name in row.keys() - {"type", "text"}:
             assert other[name] == pytest.approx(row[name], rel=2e-3, abs=1e-5, nan_ok=True), name
+
+
+def test_mini_batches_are_updates_of_their_own_part(echo, tmp_path, monkeypatch):
+    config = replace(TINY, gate="off", mini_batches=2, num_iterations=3, rollout_batches=2)
+    seen, token_shares = [], loop.token_shares
+    monkeypatch.setattr(
+        loop, "token_shares", lambda mask, *rest: seen.append(mask) or token_shares(mask, *rest)
+    )
+    _, rows = one_run(config, echo, tmp_path)
+    updates = [row for row in rows if row["type"] == "update"]
+    assert [row["gate/reuse"] for row in updates] == 2 * [1, 1, 2, 2, 3, 3]
+    assert {len(mask) for mask in seen} == {TINY.sequences_per_batch // 2}
+    first, second, again = seen[:3]
+    assert first.data_ptr() != second.data_ptr() and first.data_ptr() == again.data_ptr()
+    assert updates[0]["kl"] == 0.0 != updates[1]["kl"]  # the first has moved the weights
 
 
 def test_learning_rate_follows_applied_updates(start, tmp_path):
@@ -245,7 +263,14 @@ def assert_same_end(a, b):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks of this process")
 def test_a_run_that_is_killed_at_random_ends_as_if_it_had_not_been(echo, tmp_path):
     config = replace(
-        TINY, task="echo", save_every=1, gate_threshold=-0.5, beta=0.05, lr_warmup=3, lr_decay=40
+        TINY,
+        task="echo",
+        save_every=1,
+        gate_threshold=-0.5,
+        mini_batches=2,
+        beta=0.05,
+        lr_warmup=3,
+        lr_decay=40,
     )
     gc.collect()
     gc.freeze()  # or every child copies what its collector touches, for longer than it may live

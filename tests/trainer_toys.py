@@ -17,6 +17,7 @@ TINY = TrainConfig(
     max_completion_length=5,
     num_iterations=4,
     learning_rate=3e-3,
+    gate="dgg",
     gate_window=3,
     vocab_size=128,
     hidden_size=16,

@@ -49,7 +49,7 @@ def intervals(found: Found) -> Any:
     ax.axvline(0, color="#777777", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [name for name, _ in rows])
     ax.invert_yaxis()
-    ax.set_xlabel("difference of the curve mean, points (thin: 95 % by t, thick: by BCa bootstrap)")
+    ax.set_xlabel("difference of the curve mean, points\n(95 %: thin by t, thick by BCa bootstrap)")
     return figure
 
 
@@ -133,13 +133,19 @@ def time(runs: Runs) -> Any:
     return figure
 
 
+# Of the paper's gate, what a line of `sensitivity` does not vary.
+PAPERS = {
+    "gate": "dgg", "gate_statistic": "increment", "gate_average": "window", "gate_squared": False,
+    "gate_include_shut": False,
+}  # fmt: skip
+
+
 def sensitivity(runs: Runs, configs: dict[str, Any]) -> Any:
     """Curve mean and uses over the thresholds of the paper's gate, a line for every K."""
     lines: dict[int, list[tuple[float, str]]] = {}
     for arm in runs:
         config = configs[arm]
-        plain = config["gate_statistic"] == "increment" and config["gate_average"] == "window"
-        if config["gate"] == "dgg" and plain and not config["gate_include_shut"]:
+        if all(config[name] == value for name, value in PAPERS.items()):
             place = (config["gate_threshold"], arm)
             lines.setdefault(config["num_iterations"], []).append(place)
     if not any(len(of) > 1 for of in lines.values()):
