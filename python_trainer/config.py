@@ -98,7 +98,7 @@ class TrainConfig:
     screen: str | None = None  # "int8", "fp8", "bf16": screened logits, in every pass of the policy
 
     # When to stop re-using a batch
-    gate: str = "gain"
+    gate: str = "gain"  # needs the clip of the ratio (epsilon): without it, "dgg" or "kl"
     # Of the gates that score a signal; None: the gate's own value (SCORES).
     gate_threshold: float | None = None  # tau, standard deviations
     gate_window: int | None = None

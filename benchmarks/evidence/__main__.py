@@ -173,6 +173,7 @@ def report(name: str) -> None:
             "curves": figures.curves(runs),
             "intervals": figures.intervals(found),
             "signals": figures.signals(runs),
+            "growth": figures.growth(runs),
             "time": figures.time(runs),
             "sensitivity": figures.sensitivity(runs, about[0]["arms"]),
         }

@@ -17,6 +17,8 @@ from .record import Run, Runs, label
 
 def curves(runs: Runs) -> Any:
     """Held-out accuracy against rollout batches, and uses of a batch over time."""
+    if "single_use" not in runs:
+        return None
     figure, axes = panels(1, 2, 5, 13)
     left, right = axes[0]
     for arm in ("single_use", "fixed_k2", "fixed_k4", "fixed_k8", "dgg", "shuffled", "gain", "kl"):
@@ -40,6 +42,8 @@ def intervals(found: Found) -> Any:
         for (name, arm, other, metric, _), of in found.items()
         if metric == "curve mean"
     ]
+    if not rows:
+        return None
     figure, axes = panels(1, 1, 0.9 + 0.36 * len(rows), 9)
     ax = axes[0, 0]
     for y, (_, d) in enumerate(rows):
@@ -72,7 +76,7 @@ def collapse(run: Run) -> int | None:
 
 def signals(runs: Runs) -> Any:
     """Signals of fixed re-use around its falls, over the runs' own medians; None if it has none."""
-    fixed = runs.get("fixed_k8", {})
+    fixed = runs.get("fixed_k8", {}) if "single_use" in runs else {}
     falls = {seed: at for seed, run in fixed.items() if (at := collapse(run))}
     if not falls:
         return None
@@ -107,6 +111,36 @@ def _around(run: Run, name: str, which: str, at: int) -> list[float]:
         by_batch[n][use] / scale if n in by_batch else math.nan
         for n in range(at - AROUND, at + AROUND + 1)
     ]
+
+
+def growth(runs: Runs) -> Any:
+    """The head's gradient from use to use, and accuracy, with and without the clip of the ratio."""
+    chosen = {"fixed_k8": ("with the clip", "#0072B2"), "k8_no_ratio_clip": ("without", "#D55E00")}
+    if not set(chosen) <= set(runs):
+        return None
+    figure, axes = panels(1, 2, 4.2, 11)
+    left, right = axes[0]
+    for arm, (title, colour) in chosen.items():
+        every = [
+            norms
+            for run in runs[arm].values()
+            for norms in per_batch(updates(run.rows), "gate/energy").values()
+            if norms[0] > 0
+        ]
+        ratios = np.array(every)
+        ratios /= ratios[:, :1]
+        place = range(1, ratios.shape[1] + 1)
+        left.plot(place, np.median(ratios, axis=0), color=colour, label=f"{title}: median")
+        for level in (95, 99):
+            tail = np.percentile(ratios, level, axis=0)
+            left.plot(place, tail, ":", color=colour, alpha=level / 100, label=f"{level} %")
+        run = next(iter(runs[arm].values()))
+        right.plot(*zip(*((n, 100 * a) for n, a in run.curve), strict=True), color=colour)
+    left.set_yscale("log")
+    left.set(xlabel="use of the batch", ylabel="lm_head gradient norm, first use = 1")
+    left.legend(frameon=False, ncols=2, fontsize=9)
+    right.set(xlabel="rollout batches", ylabel="held-out accuracy (%)")
+    return figure
 
 
 def time(runs: Runs) -> Any:

@@ -149,20 +149,6 @@ HYPOTHESES: dict[str, list[tuple[str, str, str, bool]]] = {
 }  # fmt: skip
 
 
-# Hypothesis -> (arm, other, metric, whether logarithms are compared).
-HYPOTHESES: dict[str, list[tuple[str, str, str, bool]]] = {
-    "H1": [("dgg", "single_use", GOAL, True)],
-    "H2": [("dgg", "single_use", "last quarter", False)],
-    "H3": [("dgg", f"fixed_k{k}", "curve mean", False) for k in (2, 3, 4, 8)],
-    "H4": [("dgg", "shuffled", "curve mean", False),
-           ("dgg_squared", "shuffled_squared", "curve mean", False)],
-    "H5": [("dgg", other, "curve mean", False) for other in ("global_norm", "middle_norm")],
-    "H6": [("dgg", other, "curve mean", False) for other in ("kl", "chi2")],
-    "H7": [("gain", other, "curve mean", False) for other in ("shuffled_gain", "dgg")],
-    "H8": [("dgg", "single_use", "curve mean", False)],
-    "H9": [("tempered", "dgg", "curve mean", False)],
-}  # fmt: skip
-
 Found = dict[tuple[str, str, str, str, bool], Difference]  # hypothesis and what it compares
 
 
