@@ -9,10 +9,12 @@ CSRC   := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 # Of the GPU machines, and what the benchmarks compare with.
 PYTHON312 ?= python3.12
 PEERS     := $(VENV)/peers
+# What the docs site shows, and links to.
+SITE   := $(wildcard *.md) benchmarks dgg_kernels docs examples python_trainer
 # What needs a new build when it changes; Python is installed editable.
 BUILD  := setup.py pyproject.toml constraints.txt $(CSRC)
 
-.PHONY: help install demo test lint format peers rehearse clean
+.PHONY: help install demo test lint format peers rehearse docs clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -33,7 +35,7 @@ $(STAMP): $(BUILD)
 demo: install  ## train every arm on the CPU; table, plots and report in runs/demo
 	$(RUN) -m python_trainer compare --out runs/demo
 
-test: lint  ## lint, types, all tests of the CPU path, interpreter and compile-only tests
+test: lint docs  ## lint, types, docs, all tests of the CPU path, interpreter and compile-only tests
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_kernels.py -W ignore::RuntimeWarning
 	@# In processes of their own: after the tests above the pretended GPU loses track of tensors.
@@ -56,6 +58,11 @@ $(PEERS)/.installed: benchmarks/peers.txt | $(STAMP)
 
 rehearse:  ## the tests' core on the GPU machines' Python, torch and triton, without a GPU
 	benchmarks/rehearse.sh $(PYTHON312) build/rehearsal
+
+docs: install  ## the site, in build/site; a warning or a broken link is an error
+	@rm -rf build/docs && mkdir -p build/docs
+	@ln -s $(addprefix ../../,$(SITE)) build/docs
+	$(RUN) -m mkdocs build
 
 clean:  ## what a build made (keeps .venv and runs)
 	rm -rf build dist *.egg-info dgg_kernels/*.so
