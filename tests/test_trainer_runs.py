@@ -349,7 +349,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(start, tmp_path, monkey
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT to a child needs POSIX")
 def test_ctrl_c_leaves_a_readable_directory(tmp_path):
     command = [
-        sys.executable, "-m", "python_trainer", "train", "--out", str(tmp_path), "--threads", "1",
+        sys.executable, "-m", "python_trainer", "train", "--out", str(tmp_path), "--gate", "dgg",
         "--warmup-max-steps", "1", "--rollout-batches", "100000", "--eval-prompts", "8",
     ]  # fmt: skip
     # A job started in the background ignores SIGINT, and so would its children.
