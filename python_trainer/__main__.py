@@ -10,14 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import (
-    CheckpointError,
-    ConfigError,
-    EngineError,
-    TaskError,
-    TrainConfig,
-    changed,
-)
+from .config import CheckpointError, ConfigError, EngineError, TaskError, TrainConfig, changed
 
 if TYPE_CHECKING:
     from .compare import Plan

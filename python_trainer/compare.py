@@ -24,14 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from . import checkpoint
-from .config import (
-    CheckpointError,
-    ConfigError,
-    EngineError,
-    TaskError,
-    TrainConfig,
-    changed,
-)
+from .config import CheckpointError, ConfigError, EngineError, TaskError, TrainConfig, changed
 from .distributed import Ranks, check_parallel
 from .engine import make_engine
 from .evaluate import Evaluator, shown

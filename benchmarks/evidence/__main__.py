@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(args.name)
     else:
         runs, about = record.read(args.name)
-        say(args.name, [*heading(args.name, about), *times_table(runs)])
+        say(f"{args.name}_times", [*heading(args.name, about), *times_table(runs)])
 
 
 if __name__ == "__main__":
