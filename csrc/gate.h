@@ -1,8 +1,8 @@
 // The gate's state and its one transition function.
 //
-// Included by the CPU op (cpu/gate.cpp), the CUDA kernel (cuda/gate.cu) and the host module
-// (host.cpp, behind dgg_kernels.replay), so that one piece of code decides everywhere and can be
-// tested on a machine without a GPU. Needs neither torch nor CUDA headers.
+// Included by the CPU op (cpu/gate.cpp, which dgg_kernels.replay runs too) and the CUDA kernel
+// (cuda/gate.cu), so that one piece of code decides everywhere and can be tested on a machine
+// without a GPU. Needs neither torch nor CUDA headers.
 //
 // The whole gate is one fp64 vector: configuration, counters, references and windows. One tensor to
 // move, save and restore; counters up to 2^53 are exact.
@@ -21,33 +21,38 @@ namespace dgg {
 enum Statistic { INCREMENT = 0, LEVEL = 1, EITHER = 2 };
 enum Average { WINDOW = 0, EMA = 1 };
 
-enum Slot : int64_t {
-  // Configuration: written once when the gate is built.
-  THRESHOLD,
-  WINDOW_SIZE,
-  MAX_REUSE,
-  STATISTIC,
-  AVERAGE,
-  EMA_DECAY,
-  INCLUDE_SHUT,
-  MINI_BATCHES,
-  SQUARED,
-  // Counters over the gate's life.
-  BATCHES,
-  ATTEMPTED,
-  APPLIED,
-  // This batch; new_batch() clears POSITION, LATCH and the references.
-  POSITION,  // decisions taken since new_batch()
-  LATCH,     // 1 once shut, until new_batch()
-  // The last decision.
-  REUSE,            // 1 for the first use of the batch
-  ENERGY,           // g
-  INCREMENT_VALUE,  // of g, or of its square, over the same mini-batch's previous use, or NaN
-  Z,                // the score compared with the threshold; NaN where none was formed
-  SHUT,             // 1 when the update is discarded
-  GRAD_NORM,        // global gradient norm before clipping; NaN where it was not asked for
-  HEADER_SIZE
-};
+// Where a value lies in the state: once for the enum, once for the names that dgg_kernels.gate
+// compares its own Slot with.
+#define DGG_SLOTS(SLOT)                                                                   \
+  /* Configuration: written once when the gate is built. */                               \
+  SLOT(THRESHOLD)                                                                         \
+  SLOT(WINDOW_SIZE)                                                                       \
+  SLOT(MAX_REUSE)                                                                         \
+  SLOT(STATISTIC)                                                                         \
+  SLOT(AVERAGE)                                                                           \
+  SLOT(EMA_DECAY)                                                                         \
+  SLOT(INCLUDE_SHUT)                                                                      \
+  SLOT(MINI_BATCHES)                                                                      \
+  SLOT(SQUARED)                                                                           \
+  /* Counters over the gate's life. */                                                    \
+  SLOT(BATCHES)                                                                           \
+  SLOT(ATTEMPTED)                                                                         \
+  SLOT(APPLIED)                                                                           \
+  /* This batch; new_batch() clears POSITION, LATCH and the references. */                \
+  SLOT(POSITION) /* decisions taken since new_batch() */                                  \
+  SLOT(LATCH)    /* 1 once shut, until new_batch() */                                     \
+  /* The last decision. */                                                                \
+  SLOT(REUSE)           /* 1 for the first use of the batch */                            \
+  SLOT(ENERGY)          /* g */                                                           \
+  SLOT(INCREMENT_VALUE) /* of g, or g g, over the mini-batch's previous use; or NaN */    \
+  SLOT(Z)               /* the score compared with the threshold; NaN: none was formed */ \
+  SLOT(SHUT)            /* 1 when the update is discarded */                              \
+  SLOT(GRAD_NORM)       /* global, before clipping; NaN where it was not asked for */     \
+  SLOT(HEADER_SIZE)
+
+#define DGG_ENUMERATOR(name) name,
+enum Slot : int64_t { DGG_SLOTS(DGG_ENUMERATOR) };
+#undef DGG_ENUMERATOR
 
 // A tracker is [count, next, mean, variance, values[window]]; one for increments, one for levels.
 enum TrackerSlot : int64_t { COUNT, NEXT, MEAN, VARIANCE, TRACKER_HEADER };

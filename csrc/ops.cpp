@@ -1,6 +1,12 @@
 // Schemas of every op, declared once; each backend registers its own implementation.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+#include <tuple>
+
+// DGG_TORCH, DGG_CUDA_ARCHS: of the build, by setup.py.
+static std::tuple<std::string, std::string> build() { return {DGG_TORCH, DGG_CUDA_ARCHS}; }
+
 STABLE_TORCH_LIBRARY(dgg, m) {
   // hidden [N, D], weight [V, D], target [N] int64 (-1: row ignored), bias [V], lse_ref [N] fp32,
   // seed [1] int64 (None: no active set is stored). screen: empty, or what quantize_rows makes of
@@ -24,6 +30,9 @@ STABLE_TORCH_LIBRARY(dgg, m) {
   m.def(
       "quantize_rows_cpu(Tensor x, Tensor(a!) codes, Tensor(b!) scale, Tensor(c!) norm_sq,"
       " Tensor(d!) residual_sq, Tensor? unchanged) -> ()");
+  // Names of the first values of the gate's state, in order, and the state's whole length.
+  m.def("gate_layout() -> str");
+  m.def("gate_state_size(int window, int mini_batches) -> int");
   m.def("gate_new_batch(Tensor(a!) state, Tensor(b!) found_inf) -> ()");
   // signal: partial squares of the energy to be summed ([V] fp32 or fp64; squares=True), or the
   // energy itself (squares=False). total_norm: 0-dim fp32, the global gradient norm. header: pinned
@@ -34,4 +43,8 @@ STABLE_TORCH_LIBRARY(dgg, m) {
       "gate_decide(Tensor(a!) state, Tensor signal, bool squares, Tensor? total_norm, "
       "float max_grad_norm, Tensor(b!) found_inf, Tensor(c!) grad_scale, Tensor(d!)? header, "
       "int phase=0) -> ()");
+  // The torch that the library was built with, and its CUDA architectures, or "none".
+  m.def("build() -> (str, str)");
 }
+
+STABLE_TORCH_LIBRARY_IMPL(dgg, CompositeExplicitAutograd, m) { m.impl("build", TORCH_BOX(&build)); }

@@ -1,23 +1,14 @@
 """Loads the compiled ops (csrc/) into torch.ops.dgg."""
 
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
-
-def _load() -> Path:
-    folder = Path(__file__).parent
-    # This Python's own: a source tree may hold what another one built.
-    for file in (folder / f"_ops{suffix}" for suffix in EXTENSION_SUFFIXES):
-        if file.exists():
-            torch.ops.load_library(str(file))
-            return file
+OPS_FILE = Path(__file__).with_name("_ops.abi3.so")
+if not OPS_FILE.exists():
     raise ImportError(
-        f"dgg_kernels: the compiled ops (_ops{EXTENSION_SUFFIXES[0]}) are missing in {folder}: "
+        f"dgg_kernels: the compiled ops ({OPS_FILE.name}) are missing in {OPS_FILE.parent}: "
         "install the package with `pip install .` (or `-e .`), do not import it from the source "
         "tree"
     )
-
-
-OPS_FILE = _load()
+torch.ops.load_library(str(OPS_FILE))

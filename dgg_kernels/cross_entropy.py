@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .lm_head import linear_logprob
+from .lm_head import autocast, check_tensors, linear_logprob
 
 
 def linear_cross_entropy(
@@ -42,10 +43,13 @@ def linear_cross_entropy(
     Raises:
         ValueError: `reduction` or `label_smoothing` out of range; else as `linear_logprob`.
     """
-    if reduction not in ("mean", "sum", "none"):
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
+    if not (isinstance(label_smoothing, Real) and 0 <= label_smoothing <= 1):
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
+    names = ("input", "linear_weight", "linear_bias")
+    check_tensors(input, linear_weight, target, linear_bias, names=names)
     out = linear_logprob(
         input, linear_weight, target, bias=linear_bias, ignore_index=ignore_index, grad_eps=grad_eps
     )

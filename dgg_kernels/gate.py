@@ -1,7 +1,7 @@
 """The gate: scores the lm_head gradient of each update and skips the harmful ones on the device.
 
-The transition itself is csrc/gate.h, shared by the CPU op, the CUDA kernel and `replay`; this file
-holds its configuration, its place in a training loop and its checkpoint.
+The transition itself is csrc/gate.h, shared by the CPU op, that `replay` runs, and the CUDA kernel;
+this file holds its configuration, its place in a training loop and its checkpoint.
 """
 
 from __future__ import annotations
@@ -11,16 +11,31 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import _host
+from . import _library
 from .optim import AttachedOptimizer, attach_optimizer
 
-Slot = _host.Slot
+Slot = IntEnum(
+    "Slot",
+    "THRESHOLD WINDOW_SIZE MAX_REUSE STATISTIC AVERAGE EMA_DECAY INCLUDE_SHUT MINI_BATCHES SQUARED "
+    "BATCHES ATTEMPTED APPLIED POSITION LATCH REUSE ENERGY INCREMENT_VALUE Z SHUT GRAD_NORM "
+    "HEADER_SIZE",
+    start=0,
+)
+"""Where a value lies in the state; DGG_SLOTS of csrc/gate.h tells what each is."""
+
+# A library older than this file may have no such op.
+if getattr(torch.ops.dgg, "gate_layout", str)().split() != [*Slot.__members__]:
+    raise ImportError(
+        f"dgg_kernels: {_library.OPS_FILE} was built from other sources: its gate's state has "
+        "another layout; install the package again with `pip install .` (or `-e .`)"
+    )
 _CODES = {"increment": 0, "level": 1, "either": 2, "window": 0, "ema": 1}
 
 
@@ -117,10 +132,29 @@ def _write_config(state: np.ndarray, config: GateConfig) -> None:
 
 
 def _initial_state(config: GateConfig) -> np.ndarray:
-    state = np.zeros(_host.state_size(config.window, config.mini_batches))
+    state = np.zeros(torch.ops.dgg.gate_state_size(config.window, config.mini_batches))
     _write_config(state, config)
     state[[Slot.ENERGY, Slot.INCREMENT_VALUE, Slot.Z, Slot.GRAD_NORM]] = np.nan
     return state
+
+
+def _check_counters(state: np.ndarray, config: GateConfig) -> None:
+    """Raise ValueError unless the state's counters are some that a gate can come to.
+
+    The transition finds its place in memory by them: a damaged one would have it write elsewhere.
+    """
+    most = 2**53  # beyond, fp64 skips integers
+    ranges = {slot.name: (state[slot], most) for slot in (Slot.BATCHES, Slot.ATTEMPTED,
+              Slot.APPLIED, Slot.POSITION, Slot.REUSE)}  # fmt: skip
+    ranges |= {slot.name: (state[slot], 1) for slot in (Slot.LATCH, Slot.SHUT)}
+    trackers = state[Slot.HEADER_SIZE + config.mini_batches :].reshape(2, -1)
+    filled = most if config.average == "ema" else config.window
+    for name, (count, following) in zip(("increments", "levels"), trackers[:, :2], strict=True):
+        ranges[f"{name}: count"] = (count, filled)
+        ranges[f"{name}: next"] = (following, config.window - 1)
+    for name, (value, top) in ranges.items():
+        if not (0 <= value <= top and value == int(value)):
+            raise ValueError(f"state: {name}: expected an integer from 0 to {top}, got {value}")
 
 
 def replay(energies: Sequence[Sequence[float]], config: GateConfig) -> list[list[Decision]]:
@@ -134,15 +168,17 @@ def replay(energies: Sequence[Sequence[float]], config: GateConfig) -> list[list
     Returns:
         One list of decisions per batch, of the same lengths.
     """
-    state = _initial_state(config)
+    state = torch.from_numpy(_initial_state(config))
+    seen = state.numpy()
+    found_inf, grad_scale = torch.from_numpy(np.zeros((2, 1), np.float32))
     decisions = []
     for batch in energies:
-        _host.new_batch(state)
+        torch.ops.dgg.gate_new_batch(state, found_inf)
         decisions.append([])
-        for energy in batch:
-            _host.step(state, float(energy))
-            shut, z = bool(state[Slot.SHUT]), float(state[Slot.Z])
-            decisions[-1].append(Decision(shut, z, float(energy)))
+        for signal in torch.from_numpy(np.array(batch, np.float64)).unbind():
+            torch.ops.dgg.gate_decide(state, signal, False, None, 1.0, found_inf, grad_scale, None)
+            shut, z = bool(seen[Slot.SHUT]), float(seen[Slot.Z])
+            decisions[-1].append(Decision(shut, z, float(seen[Slot.ENERGY])))
     return decisions
 
 
@@ -441,13 +477,15 @@ class GradientGate:
                 raise ValueError(
                     f"GateConfig.{field.name}: expected {mine!r}, the state_dict has {theirs!r}"
                 )
-        if state.shape != self._state.shape or state.dtype != self._state.dtype:
+        like = state.shape == self._state.shape and state.dtype == self._state.dtype
+        if not like or state.is_meta:
             raise ValueError(
                 f"state: expected {tuple(self._state.shape)} {self._state.dtype}, "
                 f"got {_described(state)}"
             )
         restored = state.cpu().numpy().copy()
         _write_config(restored, self.config)
+        _check_counters(restored, self.config)
         self._state.copy_(torch.from_numpy(restored))
         self.found_inf.fill_(float(restored[Slot.LATCH]))
         self._batches = int(restored[Slot.BATCHES])

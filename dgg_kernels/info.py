@@ -8,26 +8,27 @@ import platform
 import torch
 
 import dgg_kernels
-from dgg_kernels import _host, _library
+from dgg_kernels import _library
 
 
 def implementations() -> dict[str, str]:
     """Device type -> implementation of the lm_head ops and of the gate."""
     triton = importlib.util.find_spec("triton")
+    _, archs = torch.ops.dgg.build()
     vectors = torch.backends.cpu.get_cpu_capability()
     return {
         "cpu": f"lm_head: C++ ({vectors}); gate: C++",
         "cuda": f"lm_head: {'Triton' if triton else 'none (install triton)'}; gate: "
-        + ("CUDA" if _host.BUILD_CUDA_ARCHS != "none" else "none (built without CUDA)"),
+        + ("CUDA" if archs != "none" else "none (built without CUDA)"),
         "mps, xpu": "lm_head: plain PyTorch by vocabulary chunks; gate: none",
     }
 
 
 def main() -> None:
     """Print it."""
-    archs = _host.BUILD_CUDA_ARCHS
+    built_with, archs = torch.ops.dgg.build()
     print(f"dgg_kernels {dgg_kernels.__version__}: {_library.OPS_FILE}")
-    print(f"built with    torch {_host.BUILD_TORCH} (stable ABI of 2.10), CPU ops: yes, "
+    print(f"built with    torch {built_with} (stable ABI of 2.10), CPU ops: yes, "
           f"CUDA ops: {'no' if archs == 'none' else archs}")  # fmt: skip
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"running on    Python {platform.python_version()}, torch {torch.__version__}, "

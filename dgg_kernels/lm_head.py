@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -195,12 +196,17 @@ def linear_logprob(
             expected and what came. On a GPU a target outside [0, V) is not looked at by the host:
             its row's outputs and gradients are NaN, which shuts the gate.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check(hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, screen)
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    check_tensors(hidden, weight, target, bias, lse_ref)
+    _check_scalars(temperature, softcap, grad_eps, ignore_index)
+    if screen is not None:
+        check_screen(screen, hidden, grad_eps)
     vocabulary, shape = weight.shape[0], target.shape
     target = target.reshape(-1)
     ignored = target == ignore_index
     if gate is not None:
+        if not hasattr(gate, "check_weight"):  # its class is not imported here
+            raise TypeError(f"gate: expected a GradientGate, got {type(gate).__name__}")
         gate.check_weight(weight)
         ignored = ignored | (gate.found_inf != 0)
     outside = ~ignored & ((target < 0) | (target >= vocabulary))
@@ -237,62 +243,79 @@ def linear_logprob(
     return LogprobOutput(logp, entropy, lse, sum_p2, screen_stats)
 
 
-def _autocast(
+def autocast(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Under torch.autocast the head runs in the autocast dtype, as torch's own linear does."""
-    if not (isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type)):
+    if not all(isinstance(t, Tensor) for t in (hidden, weight)):
         return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(hidden.device.type)
+    device = hidden.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _check(
+def check_tensors(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    grad_eps: float,
-    lse_ref: Tensor | None,
-    screen: str | None,
+    lse_ref: Tensor | None = None,
+    names: tuple[str, str, str] = ("hidden", "weight", "bias"),
 ) -> None:
-    tensors = {"hidden": hidden, "weight": weight, "target": target}
-    optional = {"bias": bias, "lse_ref": lse_ref}
+    """Raise TypeError or ValueError unless they fit together; `names` are the caller's."""
+    h, w, b = names
+    tensors = {h: hidden, w: weight, "target": target}
+    optional = {b: bias, "lse_ref": lse_ref}
     tensors |= {name: t for name, t in optional.items() if t is not None}
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
         if t.device != hidden.device:
-            raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {t.device}")
+            raise ValueError(f"{name}: expected device {hidden.device} like {h}, got {t.device}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense Tensor, got {t.layout}")
     if hidden.dtype not in _DTYPES:
-        raise TypeError(f"hidden: expected bfloat16, float16 or float32, got {hidden.dtype}")
+        raise TypeError(f"{h}: expected bfloat16, float16 or float32, got {hidden.dtype}")
     if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight: expected {hidden.dtype} like hidden, got {weight.dtype}")
+        raise TypeError(f"{w}: expected {hidden.dtype} like {h}, got {weight.dtype}")
     if target.dtype != torch.int64:
         raise TypeError(f"target: expected int64, got {target.dtype}")
     if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight: expected [V, D] with V > 0, got {_shape(weight)}")
+        raise ValueError(f"{w}: expected [V, D] with V > 0, got {_shape(weight)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden: expected [..., D] with D = {weight.shape[1]} "
-                         f"as in weight, got {_shape(hidden)}")  # fmt: skip
+        raise ValueError(f"{h}: expected [..., D] with D = {weight.shape[1]} "
+                         f"as in {w}, got {_shape(hidden)}")  # fmt: skip
     leading = hidden.shape[:-1]
     if target.shape != leading:
-        raise ValueError(f"target: expected {_shape(leading)} like hidden, got {_shape(target)}")
+        raise ValueError(f"target: expected {_shape(leading)} like {h}, got {_shape(target)}")
     if lse_ref is not None and lse_ref.shape != leading:
         raise ValueError(f"lse_ref: expected {_shape(leading)} like target, got {_shape(lse_ref)}")
+    if lse_ref is not None and not lse_ref.is_floating_point():
+        raise TypeError(f"lse_ref: expected floating values, got {lse_ref.dtype}")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
-        raise ValueError(f"bias: expected floating [{weight.shape[0]}] as in weight, "
+        raise ValueError(f"{b}: expected floating [{weight.shape[0]}] as in {w}, "
                          f"got {bias.dtype} {_shape(bias)}")  # fmt: skip
+
+
+def _check_scalars(
+    temperature: float, softcap: float | None, grad_eps: float, ignore_index: int
+) -> None:
+    numbers = {"temperature": temperature, "grad_eps": grad_eps}
+    for name, value in (numbers if softcap is None else numbers | {"softcap": softcap}).items():
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
     if not 0 <= grad_eps < 1:
         raise ValueError(f"grad_eps: expected a number in [0, 1), got {grad_eps!r}")
-    if screen is not None:
-        check_screen(screen, hidden, grad_eps)
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an int64, got {ignore_index!r}")
 
 
 def _shape(of: Tensor | torch.Size) -> list[int]:

@@ -1,7 +1,7 @@
 """Checkpoints: whole or not there at all, verified when read, no pickle.
 
     <arm>/checkpoints/000123/tensors.safetensors   weights, optimizer, gate, random states, rollout
-                             state.json            counters, positions, checksum of the above
+                             state.json            counters, positions, a checksum of all
 
 Rank 0 writes whole tensors (torch.distributed.checkpoint gathers them), so a run may go on with
 another number of processes.
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from .config import CheckpointError
 from .distributed import Ranks
-from .files import write_json
+from .files import as_json, write_json
 
 KEEP = 2  # the newest, and one to fall back on
 
@@ -101,6 +101,8 @@ def save(folder: Path, number: int, state: dict[str, Any]) -> None:
     # safetensors wants each name to have memory of its own: tied weights are written twice.
     tensors = {k: v.detach().cpu().clone() for k, v in state.items() if isinstance(v, Tensor)}
     plain = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+    for left in folder.glob(".*.tmp"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         file = partial / "tensors.safetensors"
@@ -108,7 +110,7 @@ def save(folder: Path, number: int, state: dict[str, Any]) -> None:
             save_file(tensors, file)
         except SafetensorError as error:  # its own name for a full disk
             raise OSError(str(error)) from error
-        write_json(partial / "state.json", {"sha256": _sha256(file), "state": plain})
+        write_json(partial / "state.json", {"sha256": _sha256(file, plain), "state": plain})
         for path in (file, partial / "state.json"):
             _sync(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -131,7 +133,7 @@ def load(folder: Path, tensors: bool = True) -> tuple[dict[str, Any] | None, lis
         try:
             head = json.loads((path / "state.json").read_text())
             file = path / "tensors.safetensors"
-            if head["sha256"] != _sha256(file):
+            if head["sha256"] != _sha256(file, head["state"]):
                 raise ValueError("its checksum differs")
             return head["state"] | (load_file(file) if tensors else {}), complaints
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -151,9 +153,11 @@ def _numbered(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*") if path.name.isdigit()]
 
 
-def _sha256(file: Path) -> str:
+def _sha256(file: Path, state: dict[str, Any]) -> str:
     with open(file, "rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
+        digest = hashlib.file_digest(data, "sha256")
+    digest.update(as_json(state, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -86,6 +86,9 @@ def plan(
         ConfigError: an arm is unknown, named twice or matches none; or an override does not fit.
     """
     known = PRESETS | (defined or {})
+    for name, values in (grid or {}).items():
+        if not values:
+            raise ConfigError(f"grid.{name}: expected at least one value, got none")
     cells = [dict(zip(grid or {}, values, strict=True))
              for values in itertools.product(*(grid or {}).values())]  # fmt: skip
     found, match = {}, {}

@@ -11,8 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .config import CheckpointError
+
 Row = dict[str, Any]
 _INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def as_json(value: Any, **options: Any) -> str:
+    """JSON text, floats by `repr`; what is read from it gives the same text again."""
+    return json.dumps(_encode(value), allow_nan=False, **options)
 
 
 def _encode(value: Any) -> Any:
@@ -39,6 +46,9 @@ class MetricsLog:
         size: bytes of it to keep, when a run goes on from a checkpoint that knew no more.
         write: False on all ranks but the first.
         mirrors: called with every row too (`trackers`).
+
+    Raises:
+        CheckpointError: the file is shorter than `size`: rows that the checkpoint knows are gone.
     """
 
     def __init__(
@@ -52,15 +62,24 @@ class MetricsLog:
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+            if (found := self._file.seek(0, os.SEEK_END)) < size:
+                raise CheckpointError(f"{path}: expected at least {size} bytes, got {found}")
             self._file.truncate(size)
 
     def write(self, row: Row) -> None:
-        line = json.dumps(_encode(row), allow_nan=False).encode() + b"\n"
+        line = as_json(row).encode() + b"\n"
         if self._file is not None:
-            self._file.write(line)
+            rest = memoryview(line)
+            while rest:  # a disk that gets full takes a part, and says so at the next write
+                rest = rest[self._file.write(rest) :]
             for mirror in self._mirrors:
                 mirror(row)
         self.size += len(line)
+
+    def sync(self) -> None:
+        """Return when all rows are on the disk: before a checkpoint that counts on them."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
@@ -119,7 +138,7 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(_encode(value), indent=2, allow_nan=False) + "\n")
+    write_atomically(path, as_json(value, indent=2) + "\n")
 
 
 def commit() -> str | None:

@@ -28,6 +28,8 @@ STYLES = {
     "shuffled_squared": ("DGG's counts, squared norm, shuffled", "#CC79A7", "-."),
     "shuffled_gain": ("Gain gate's counts, shuffled", "#CC79A7", ":"),
     "shuffled_kl": ("KL stop's counts, shuffled", "#CC79A7", ":"),
+    "falling": ("Uses 8, 4, 2, 1", "#000000", "-."),
+    "rising": ("Uses 1, 2, 4, 8", "#000000", ":"),
     "gain": ("Gain gate", "#009E73", "-"),
     "kl": ("KL stop", "#009E73", "-."),
     "chi2": ("χ² stop", "#009E73", ":"),

@@ -25,8 +25,8 @@ ARROWS = {
     "lm_head": {"lm_head_chunked", "gate", "screen"},  # and the Triton files, at their first call
     "cross_entropy": {"lm_head"},
     "distributed": {"lm_head"},
-    "gate": {"_host", "optim"},
-    "info": {"__init__", "_host", "_library", "lm_head"},
+    "gate": {"_library", "optim"},
+    "info": {"__init__", "_library", "lm_head"},
     "replay_log": {"__init__", "gate"},
     "__init__": {"_library", "cross_entropy", "gate", "lm_head", "optim"},
 }
@@ -50,7 +50,7 @@ def imports(path: Path) -> list[str]:
 def test_arrows_inside_dgg_kernels(path):
     ours = [name.split(".") for name in imports(path) if name.split(".")[0] == "dgg_kernels"]
     found = {parts[1] if len(parts) > 1 else "__init__" for parts in ours}
-    modules = {p.stem for p in path.parent.glob("*.py")} | {"_host"}
+    modules = {p.stem for p in path.parent.glob("*.py")}
     found = {name if name in modules else "__init__" for name in found} - {path.stem}
     assert found <= ARROWS[path.stem], f"{path.name} imports {found - ARROWS[path.stem]}"
 

@@ -175,7 +175,9 @@ def report(name: str) -> None:
             "signals": figures.signals(runs),
             "growth": figures.growth(runs),
             "time": figures.time(runs),
-            "sensitivity": figures.sensitivity(runs, about[0]["arms"]),
+            "sensitivity": figures.sensitivity(
+                runs, {k: v for of in about for k, v in of["arms"].items()}
+            ),
         }
         for title, figure in drawn.items():
             if figure is not None:
@@ -203,11 +205,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     recorded = commands.add_parser("record", help="raw logs of run directories into one file")
     recorded.add_argument("folders", nargs="+", type=Path)
     recorded.add_argument("--save", required=True, metavar="NAME")
+    recorded.add_argument("--arms", nargs="+", default=(), help="these alone (default: all)")
     commands.add_parser("report", help="tables and figures of a record").add_argument("name")
     commands.add_parser("times", help="wall-clock times of a record").add_argument("name")
     args = parser.parse_args(argv)
     if args.command == "record":
-        print(record.write(args.folders, args.save))
+        print(record.write(args.folders, args.save, args.arms))
     elif args.command == "report":
         report(args.name)
     else:

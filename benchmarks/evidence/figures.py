@@ -21,12 +21,14 @@ def curves(runs: Runs) -> Any:
         return None
     figure, axes = panels(1, 2, 5, 13)
     left, right = axes[0]
-    for arm in ("single_use", "fixed_k2", "fixed_k4", "fixed_k8", "dgg", "shuffled", "gain", "kl"):
+    drawn = ("single_use", "fixed_k2", "fixed_k4", "fixed_k8", "dgg", "shuffled", "gain", "kl",
+             "falling", "rising")  # fmt: skip
+    for arm in drawn:
         of = list(runs.get(arm, {}).values())
         if not of:
             continue
         draw_curves(left, arm, [{n: 100 * a for n, a in run.curve} for run in of])
-        if arm in ("dgg", "gain", "kl"):
+        if arm in ("dgg", "gain", "kl", "falling", "rising"):
             counts = [dict(enumerate(use_counts(run.rows), 1)) for run in of]
             draw_curves(right, arm, [smooth(counted, 15) for counted in counts])
     left.set(xlabel="rollout batches", ylabel="held-out accuracy (%)")

@@ -145,7 +145,11 @@ HYPOTHESES: dict[str, list[tuple[str, str, str, bool]]] = {
     "H7": [("gain", other, "curve mean", False) for other in ("shuffled_gain", "dgg")],
     "H8": [("dgg", "single_use", "curve mean", False)],
     "H9": [("tempered", "dgg", "curve mean", False)],
-    "exploratory": [(arm, f"local_{arm}", "curve mean", False) for arm in ("dgg", "gain")],
+    "exploratory": [
+        *((arm, f"local_{arm}", "curve mean", False) for arm in ("dgg", "gain")),
+        *(("falling", other, "curve mean", False)
+          for other in ("gain", "fixed_k8", "fixed_k4", "dgg", "rising")),
+    ],
 }  # fmt: skip
 
 

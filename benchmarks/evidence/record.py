@@ -54,8 +54,8 @@ class Run:
 Runs = dict[str, dict[int, Run]]  # arm -> seed -> run
 
 
-def write(folders: Sequence[Path], name: str) -> Path:
-    """Write the finished runs of these directories as one compressed file of rows."""
+def write(folders: Sequence[Path], name: str, arms: Sequence[str] = ()) -> Path:
+    """Write the finished runs of these directories (of these arms) as one compressed file."""
     path = FOLDER / f"{name}.jsonl.xz"
     path.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(path, "wt", preset=6) as file:
@@ -65,7 +65,7 @@ def write(folders: Sequence[Path], name: str) -> Path:
             plan = json.loads((folder / "run.json").read_text())
             file.write(json.dumps({"type": "about", **about, **plan}) + "\n")
             for run in summary["runs"]:
-                if not run["finished"]:
+                if not run["finished"] or (arms and run["arm"] not in arms):
                     continue
                 head = {key: run[key] for key in ("arm", "seed", "seconds")}
                 file.write(json.dumps({"type": "run", **head}) + "\n")

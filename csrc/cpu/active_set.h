@@ -15,12 +15,20 @@ namespace dgg __attribute__((visibility("hidden"))) {
     float* z;
     const float* weight;
 
-    ActiveSet(const Tensor& t, int64_t n) : n(n) {
+    ActiveSet(const Tensor& t, int64_t n, int64_t vocabulary) : n(n) {
+      const int64_t head = 2 * (n + 1), size = t.numel();
+      check_plain(t, ScalarType::Int, {size}, "active");
+      STD_TORCH_CHECK(size >= head, "active: expected the forward's entries of ", n, " rows");
       int32_t* base = mutable_data<int32_t>(t);
       row_start = reinterpret_cast<const int64_t*>(base);
       column = base + 2 * (n + 1);
       z = reinterpret_cast<float*>(base + 2 * (n + 1) + row_start[n]);
       weight = z + row_start[n];
+      bool whole = row_start[0] == 0 && size == head + 3 * row_start[n];
+      for (int64_t i = 0; whole && i < n; ++i) whole = row_start[i] <= row_start[i + 1];
+      for (int64_t k = 0; whole && k < row_start[n]; ++k)
+        whole = column[k] >= 0 && column[k] < vocabulary;
+      STD_TORCH_CHECK(whole, "active: expected what the forward returned");
     }
     int64_t size() const { return row_start[n]; }
   };

@@ -2,11 +2,28 @@
 #include "../gate.h"
 
 #include <optional>
+#include <string>
 
 #include "../checks.h"
 
 namespace dgg {
 namespace {
+
+// The transition finds its places in the state by what is written there.
+double* checked(const Tensor& state) {
+  check_state(state);
+  STD_TORCH_CHECK(state.is_cpu(), "gate state: expected it on the CPU");
+  double* s = static_cast<double*>(state.mutable_data_ptr());
+  const double largest = (double)state.numel();
+  bool ok = s[WINDOW_SIZE] >= 1 && s[WINDOW_SIZE] <= largest && s[MINI_BATCHES] >= 1 &&
+            s[MINI_BATCHES] <= largest &&
+            state.numel() == state_size((int64_t)s[WINDOW_SIZE], (int64_t)s[MINI_BATCHES]) &&
+            s[POSITION] >= 0 && s[POSITION] <= 0x1p53;
+  for (const Statistic which : {INCREMENT, LEVEL})
+    ok = ok && tracker(s, which)[NEXT] >= 0 && tracker(s, which)[NEXT] < s[WINDOW_SIZE];
+  STD_TORCH_CHECK(ok, "gate state: expected sizes and places as a gate writes them");
+  return s;
+}
 
 template <typename T>
 double total(const Tensor& signal, bool squares) {
@@ -18,19 +35,19 @@ double total(const Tensor& signal, bool squares) {
 }
 
 void new_batch_cpu(Tensor state, Tensor found_inf) {
-  check_state(state);
-  check_scalar(found_inf, "found_inf");
-  gate_new_batch(static_cast<double*>(state.mutable_data_ptr()));
+  double* s = checked(state);
+  check_scalar(found_inf, "found_inf", state);
+  gate_new_batch(s);
   *static_cast<float*>(found_inf.mutable_data_ptr()) = 0.0f;
 }
 
 void decide_cpu(Tensor state, const Tensor& signal, bool squares,
                 const std::optional<Tensor>& total_norm, double max_grad_norm, Tensor found_inf,
                 Tensor grad_scale, const std::optional<Tensor>& header, int64_t phase) {
-  check_state(state);
-  check_scalar(found_inf, "found_inf");
-  check_scalar(grad_scale, "grad_scale");
-  STD_TORCH_CHECK(signal.is_contiguous() && (squares || signal.numel() == 1),
+  double* s = checked(state);
+  check_scalar(found_inf, "found_inf", state);
+  check_scalar(grad_scale, "grad_scale", state);
+  STD_TORCH_CHECK(signal.is_cpu() && signal.is_contiguous() && (squares || signal.numel() == 1),
                   "signal: expected contiguous partial squares, or one value");
   const bool is_double = signal.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(is_double || signal.scalar_type() == ScalarType::Float,
@@ -38,10 +55,9 @@ void decide_cpu(Tensor state, const Tensor& signal, bool squares,
   double norm = NAN;
   STD_TORCH_CHECK(!header, "header: expected None on a CPU, where the host reads the state itself");
   if (total_norm) {
-    check_scalar(*total_norm, "total_norm");
+    check_scalar(*total_norm, "total_norm", state);
     norm = (double)*static_cast<const float*>(total_norm->const_data_ptr());
   }
-  double* s = static_cast<double*>(state.mutable_data_ptr());
   const double energy = is_double ? total<double>(signal, squares) : total<float>(signal, squares);
   gate_decide(s, (Phase)phase, energy, norm, total_norm.has_value());
   *static_cast<float*>(found_inf.mutable_data_ptr()) = (float)s[SHUT];
@@ -50,10 +66,19 @@ void decide_cpu(Tensor state, const Tensor& signal, bool squares,
       total_norm && s[SHUT] == 0 ? clip_divisor(norm, max_grad_norm) : 1.0f;
 }
 
+#define DGG_NAME(name) #name " "
+std::string layout() { return DGG_SLOTS(DGG_NAME); }
+#undef DGG_NAME
+
 }  // namespace
 }  // namespace dgg
 
 STABLE_TORCH_LIBRARY_IMPL(dgg, CPU, m) {
   m.impl("gate_new_batch", TORCH_BOX(&dgg::new_batch_cpu));
   m.impl("gate_decide", TORCH_BOX(&dgg::decide_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dgg, CompositeExplicitAutograd, m) {
+  m.impl("gate_layout", TORCH_BOX(&dgg::layout));
+  m.impl("gate_state_size", TORCH_BOX(&dgg::state_size));
 }

@@ -118,6 +118,8 @@ namespace dgg __attribute__((visibility("hidden"))) {
           temperature((float)temperature),
           softcap((float)softcap) {
       if (b) {
+        STD_TORCH_CHECK(b->is_cpu() && b->dim() == 1 && b->size(0) == w.size(0),
+                        "bias: expected [V] on the CPU");
         const Tensor contiguous = torch::stable::contiguous(*b);
         bias.resize(b->numel());
         by_dtype(contiguous, [&](auto t) {
@@ -153,9 +155,10 @@ namespace dgg __attribute__((visibility("hidden"))) {
 
     Inputs(const Tensor& h, const Tensor& weight, const Tensor& t)
         : hidden(torch::stable::contiguous(h)), target_storage(torch::stable::contiguous(t)) {
-      STD_TORCH_CHECK(h.dim() == 2 && weight.dim() == 2 && h.size(1) == weight.size(1) &&
+      STD_TORCH_CHECK(h.is_cpu() && weight.is_cpu() && t.is_cpu() && h.dim() == 2 &&
+                          weight.dim() == 2 && h.size(1) == weight.size(1) &&
                           h.scalar_type() == weight.scalar_type(),
-                      "lm_head: expected hidden [N, D] and weight [V, D] of one dtype");
+                      "lm_head: expected hidden [N, D] and weight [V, D] of one dtype, on the CPU");
       n = h.size(0), d = h.size(1);
       STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == n,
                       "lm_head: expected target [N] int64");

@@ -270,8 +270,7 @@ void backward_dense(const Inputs& in, Head& head, const LogitGradient& gradient,
 }
 
 const float* coefficients(const Tensor& t, int64_t n, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == n, name,
-                  ": expected contiguous float32 [N]");
+  check_plain(t, ScalarType::Float, {n}, name);
   return data<float>(t);
 }
 
@@ -309,7 +308,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
   by_dtype(in.hidden, [&](auto t) {
     using T = decltype(t);
     if (seed.has_value() && grad_eps > 0) {
-      backward_sparse<T>(in, head, gradient, ActiveSet(active, in.n), need_hidden, need_bias, out);
+      backward_sparse<T>(in, head, gradient, ActiveSet(active, in.n, vocabulary), need_hidden,
+                         need_bias, out);
     } else {
       backward_dense<T>(in, head, gradient, need_hidden, need_bias, out);
     }

@@ -53,6 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
   Head head(weight, bias, temperature, softcap);
   const bool select = seed.has_value() && grad_eps > 0;
   STD_TORCH_CHECK(select || screen.empty(), "screen: needs a seed, and grad_eps > 0");
+  if (select) check_plain(*seed, ScalarType::Long, {1}, "seed");
   const uint32_t key = select ? (uint32_t)*data<int64_t>(*seed) : 0;
   std::vector<Row> rows;
   for (int64_t i = 0; i < in.n; ++i) {

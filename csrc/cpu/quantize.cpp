@@ -78,6 +78,9 @@ void fill(const Tensor& x, const Codes& to) {
 void quantize_rows_cpu(const Tensor& x, const Tensor& codes, const Tensor& scale,
                        const Tensor& norm_sq, const Tensor& residual_sq,
                        const std::optional<Tensor>& unchanged) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, "x: expected [R, D] on the CPU");
+  check_codes({codes, scale, norm_sq, residual_sq}, x.size(0), x.size(1));
+  if (unchanged) check_plain(*unchanged, ScalarType::Float, {}, "unchanged");
   if (!unchanged || *data<float>(*unchanged) != 1.0f) fill(x, {codes, scale, norm_sq, residual_sq});
 }
 

@@ -242,6 +242,7 @@ void scan_screened(const Inputs& in, const Head& head, const std::vector<Tensor>
   STD_TORCH_CHECK(screen.size() == 4, "screen: expected codes, scale, norm_sq, residual_sq");
   const Codes w{screen[0], screen[1], screen[2], screen[3]};
   const bool int8 = w.codes.scalar_type() == ScalarType::Char;
+  check_codes(w, head.vocabulary(), in.d);
   if (rows.empty() || (int8 && !int8_products_are_exact(in.d))) return;
   std::vector<int64_t> index;
   for (const Row& row : rows) index.push_back(row.index);
@@ -274,7 +275,7 @@ void scan_screened(const Inputs& in, const Head& head, const std::vector<Tensor>
 void refine(const Inputs& in, const Head& head, std::vector<Row>& rows, const Tensor& active,
             double grad_eps, float* report) {
   const double log_eps = std::log(grad_eps);
-  const ActiveSet set(active, in.n);
+  const ActiveSet set(active, in.n, head.vocabulary());
   std::vector<bool> wanted(in.n, false);
   for (const Row& row : rows) wanted[row.index] = row.screened();
   const ByColumn entries(set, head.vocabulary(), [&](int64_t i) { return wanted[i]; });

@@ -67,7 +67,7 @@ void check_launch(const char* name) {
 
 void new_batch_cuda(Tensor state, Tensor found_inf) {
   check_state(state);
-  check_scalar(found_inf, "found_inf");
+  check_scalar(found_inf, "found_inf", state);
   torch::stable::accelerator::DeviceGuard guard(state.get_device_index());
   new_batch_kernel<<<1, 1, 0, current_stream(state)>>>(
       static_cast<double*>(state.mutable_data_ptr()),
@@ -79,11 +79,11 @@ void decide_cuda(Tensor state, const Tensor& signal, bool squares,
                  const std::optional<Tensor>& total_norm, double max_grad_norm, Tensor found_inf,
                  Tensor grad_scale, std::optional<Tensor> header, int64_t phase) {
   check_state(state);
-  check_scalar(found_inf, "found_inf");
-  check_scalar(grad_scale, "grad_scale");
+  check_scalar(found_inf, "found_inf", state);
+  check_scalar(grad_scale, "grad_scale", state);
   STD_TORCH_CHECK(signal.is_contiguous() && (squares || signal.numel() == 1),
                   "signal: expected contiguous partial squares, or one value");
-  if (total_norm) check_scalar(*total_norm, "total_norm");
+  if (total_norm) check_scalar(*total_norm, "total_norm", state);
   if (header) check_state(*header);
   torch::stable::accelerator::DeviceGuard guard(state.get_device_index());
   auto launch = [&](auto* x) {

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -61,18 +62,16 @@ class Bounded:
         with self._lock:
             if self._child is None or self._owner != os.getpid():
                 self._child, self._owner = self._start(), os.getpid()
+                # With this object, or at exit, when a __del__ would find no modules any more.
+                weakref.finalize(self, self._stop, self._child, self._owner)
             verdict = None
             try:
                 verdict = self._ask(self._child, args)
             finally:  # also when interrupted: a late reply must not be taken for the next one's
                 if verdict is None:
-                    self._stop(self._child)
+                    self._stop(self._child, self._owner)
                     self._child = None
             return verdict or 0.0
-
-    def __del__(self) -> None:
-        if self._child is not None and self._owner == os.getpid():
-            self._stop(self._child)
 
     def _start(self) -> subprocess.Popen[bytes]:
         child = subprocess.Popen(
@@ -88,7 +87,7 @@ class Bounded:
             },
         )
         if self._ask(child, self.function) is None:
-            self._stop(child)
+            self._stop(child, os.getpid())
             raise TaskError(
                 f"task {self.name}: the process of its verifier could not start "
                 f"(exit status {child.returncode}; its own message is above)"
@@ -110,9 +109,10 @@ class Bounded:
         return None
 
     @staticmethod
-    def _stop(child: subprocess.Popen[bytes]) -> None:
-        child.kill()
-        child.communicate()
+    def _stop(child: subprocess.Popen[bytes], owner: int) -> None:
+        if owner == os.getpid() and child.poll() is None:
+            child.kill()
+            child.communicate()
 
 
 class Expired(BaseException):
