@@ -38,11 +38,12 @@ $(STAMP): $(BUILD)
 demo: install  ## train every arm on the CPU; table, plots and report in runs/demo
 	$(RUN) -m python_trainer compare --out runs/demo
 
-test: lint docs  ## lint, types, docs, all tests of the CPU path, interpreter and compile-only tests
+test: lint docs  ## lint, types, docs, all tests of the CPU path, interpreter, compile-only tests, sanitizers
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_kernels.py -W ignore::RuntimeWarning
 	@# In processes of their own: after the tests above the pretended GPU loses track of tensors.
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_pretend_gpu.py -W ignore::RuntimeWarning
+	@$(MAKE) --no-print-directory sanitize
 
 FUZZ ?= 100
 fuzz: install  ## the targets of tests/test_fuzz.py, 130,000 cases; counts to build/fuzz.json
@@ -81,10 +82,13 @@ coverage: install  ## branch coverage by make test's tests, Triton's kernels in 
 	TRITON_INTERPRET=1 $(COVER) tests/test_pretend_gpu.py -W ignore::RuntimeWarning
 	$(RUN) -m coverage combine -q
 	$(RUN) -m coverage report
-	$(RUN) -m coverage report --include='dgg_kernels/*' --fail-under=90
+	@# verl is not of this environment (tests/integrations/verl.txt).
+	$(RUN) -m coverage report --include='dgg_kernels/*' \
+	    --omit='dgg_kernels/integrations/verl.py' --fail-under=90
 
 lock: install  ## requirements.lock anew: constraints.txt's versions, else the newest, with hashes
 	$(RUN) -m pip install -q -c constraints.txt uv
+	@mkdir -p build
 	{ echo '# By `make lock`: do not edit.' && $(COMPILE) --extra dev --no-emit-package torch \
 	    --no-emit-package dgg-kernels pyproject.toml && \
 	    echo $(ALONE) | tr ' ' '\n' | $(COMPILE) --no-deps -; } > build/lock
@@ -92,6 +96,7 @@ lock: install  ## requirements.lock anew: constraints.txt's versions, else the n
 
 audit: install  ## known weaknesses of what is locked, and of torch; needs a network
 	$(RUN) -m pip install -q -c constraints.txt pip-audit
+	@mkdir -p build
 	grep '^torch==' constraints.txt > build/torch.txt
 	$(RUN) -m pip_audit --strict --no-deps --disable-pip -r requirements.lock -r build/torch.txt
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tomllib
 from dataclasses import MISSING, fields
@@ -44,13 +45,17 @@ examples:
 files: <out>/<arm>/seed-<n>/metrics.jsonl (a row per update attempt and per evaluation) and
 checkpoints/, <out>/run.json, <out>/summary.json, <out>/*.png and <out>/report.html.
 Exit codes: 0 done, 1 the task failed or a file could not be written, 2 a setting is wrong (nothing
-is written), 130 interrupted (the directory stays readable, and `resume` goes on).
+is written), 130 Ctrl-C, 143 SIGTERM (the directory stays readable, and `resume` goes on).
 """
 # What a TOML file may hold beside settings, for `compare`: [arms.NAME] tables of what an arm
 # changes (and which one it matches), a [grid] of values to run each arm with, and seeds.
 PLAN: dict[str, Any] = {"arms": {}, "grid": {}, "seeds": []}
 CONFIGS = Path(__file__).parent / "configs"
 TYPES = {"int": int, "float": float, "str": str, "bool": json.loads}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, a scheduler's request to end: handled wherever Ctrl-C is."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -221,11 +226,18 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: out: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"interrupted: what was done is in {args.out}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
     return 0
 
 
+def terminate(*_: Any) -> None:
+    """End in good order; a scheduler and torchrun may both ask, and once is enough."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())

@@ -86,9 +86,10 @@ def restore_random_states(state: dict[str, Any], ranks: Ranks) -> None:
     """Of this rank; with another number of ranks than when it was saved, they stay as they are."""
     if len(state["random.cpu"]) != ranks.world:
         return
-    torch.set_rng_state(state["random.cpu"][ranks.rank])
+    # Copies: of a row of a tensor torch reads the wrong bytes, or crashes.
+    torch.set_rng_state(state["random.cpu"][ranks.rank].clone())
     if "random.cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random.cuda"][ranks.rank])
+        torch.cuda.set_rng_state(state["random.cuda"][ranks.rank].clone())
 
 
 def save(folder: Path, number: int, state: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
@@ -126,13 +127,15 @@ def begin(asked: Plan, out: Path) -> None:
     make_task(first.task, first.task_options)
     check_model(first)
     check_parallel(first)
-    if not Ranks().first:
-        return
-    for path in [*out.glob("*/seed-*/checkpoints"), *out.glob("*/seed-*/metrics.jsonl"),
-                 *(out / name for name in ("summary.json", "report.html")),
-                 *out.glob("*.png")]:  # fmt: skip
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    write_json(out / "run.json", asdict(asked))
+    ranks = Ranks()
+    if ranks.first:
+        for path in [*out.glob("*/seed-*/checkpoints"), *out.glob("*/seed-*/metrics.jsonl"),
+                     *(out / name for name in ("summary.json", "report.html")),
+                     *out.glob("*.png")]:  # fmt: skip
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        write_json(out / "run.json", asdict(asked))
+    if ranks.world > 1:  # or the others would find what was there before, if anything
+        dist.barrier()
 
 
 def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[str, Any]:
@@ -197,7 +200,12 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
         status["error"] = str(error) if isinstance(error, known) else repr(error)
         raise
     finally:
-        summary = write_summary()
+        try:
+            summary = write_summary()
+        except KeyboardInterrupt:  # asked to end while it was ending, as torchrun may
+            status["interrupted"] = True
+            write_summary()
+            raise
     return summary
 
 

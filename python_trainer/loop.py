@@ -301,8 +301,12 @@ class Run:
                 "arm.memory": self.arm.memory, "log_bytes": self.log.size,
             }  # fmt: skip
             state |= generators | batch | plain | {"gate.state": gate["state"]}
+            # The last one may follow another of the same update: a number of its own, as there is
+            # no moment at which a folder takes the place of one that is not empty.
+            number = progress.updates_attempted + progress.finished
             try:
-                checkpoint.save(self.checkpoints, progress.updates_attempted, state)
+                self.log.sync()
+                checkpoint.save(self.checkpoints, number, state)
             except OSError as error:
                 self.warn(f"no checkpoint was written at update {self.saved_at}: {error}")
         progress.seconds["save"] += time.perf_counter() - began
