@@ -97,6 +97,17 @@ def assert_resumes(out: Path, unbroken: Path) -> None:
     assert summary["runs"][0]["finished"] and (out / "report.html").exists()
 
 
+children: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def none_outlives_its_test() -> Iterator[None]:
+    yield
+    for child in set(children):
+        os.kill(child, signal.SIGKILL)
+        exit_code(child)
+
+
 def forked(act: Callable[[], Any]) -> int:
     """Id of a copy of this process that does nothing else; it exits with what `act` returns."""
     child = os.fork()
@@ -106,11 +117,18 @@ def forked(act: Callable[[], Any]) -> int:
         finally:
             traceback.print_exc()
             os._exit(99)
+    children.add(child)
     return child
 
 
+def runs(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def exit_code(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    _, status = os.waitpid(child, 0)
+    children.remove(child)
+    return os.waitstatus_to_exitcode(status)
 
 
 def by_command_line(argv: list[str], said: Path) -> int:
@@ -129,28 +147,52 @@ def by_command_line(argv: list[str], said: Path) -> int:
 
 @forks
 def test_sigterm_is_answered_like_ctrl_c_and_loses_nothing(unbroken: Path, tmp_path: Path) -> None:
-    out, said = tmp_path / "run", tmp_path / "said"
-    argv, rng, stopped = asked(out), random.Random(0), 0
-    for attempt in itertools.count():
-        assert attempt < 100, "none gets any further than the one before"
-        child = forked(lambda argv=argv: by_command_line(argv, said))
-        while not (summary := out / "summary.json").exists():
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.02, 0.3))
-        for _ in range(2):  # a scheduler's, and torchrun's
+    said, rng, stopped = tmp_path / "said", random.Random(0), 0
+    for number in itertools.count():
+        out = tmp_path / f"run-{number}"
+        argv, summary, code = asked(out), out / "summary.json", None
+        while code != 0:
+            child = forked(lambda argv=argv: by_command_line(argv, said))
+            while runs(child) and not summary.exists():
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0.02, 0.3))
             os.kill(child, signal.SIGTERM)
-            time.sleep(rng.uniform(0.0, 0.05))
-        code = exit_code(child)
-        if code == 0:
-            break
-        assert code == 143
-        assert said.read_text() == f"interrupted: what was done is in {out}\n"
-        assert summary_of(out)["interrupted"] and not list(out.glob("**/*.tmp"))
-        summary.unlink()  # the next one's is waited for
-        if (out / ARM / "checkpoints").exists():
-            assert_whole(out)
-            stopped, argv = stopped + 1, ["resume", "--out", str(out)]
-    assert stopped > 2
+            code = exit_code(child)
+            if code == 0:
+                continue
+            assert code == 143
+            assert said.read_text() == f"interrupted: what was done is in {out}\n"
+            assert summary_of(out)["interrupted"] and not list(out.glob("**/*.tmp"))
+            summary.unlink()  # the next one's is waited for
+            if (out / ARM / "checkpoints").exists():
+                assert_whole(out)
+                stopped, argv = stopped + 1, ["resume", "--out", str(out)]
+        assert_resumes(out, unbroken)
+        if stopped > 4:
+            return
+
+
+@forks
+def test_sigterm_that_comes_again_and_again_is_answered_once(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    """A scheduler's, then torchrun's: in a backward, and whenever the summary is written."""
+    out, said = tmp_path / "run", tmp_path / "said"
+
+    def child() -> int:
+        patch, begun = pytest.MonkeyPatch(), []
+
+        def again(*_: torch.Tensor) -> None:
+            begun.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        in_the_backward(patch, again, at=8)
+        patch.setattr(compare, "commit", lambda: again() if begun else None)
+        return by_command_line(asked(out), said)
+
+    assert exit_code(forked(child)) == 143
+    assert said.read_text() == f"interrupted: what was done is in {out}\n"
+    assert summary_of(out)["interrupted"]
     assert_resumes(out, unbroken)
 
 
@@ -393,7 +435,7 @@ def test_a_nan_in_the_gradient_is_shut_out_and_the_run_goes_on(
 ) -> None:
     """Even in a layer that the gate does not look at: the global norm has it."""
     in_the_backward(monkeypatch, lambda grad: grad * torch.nan, at=8)
-    train(CONFIG, start, tmp_path, Progress())
+    train(replace(CONFIG, gate="off"), start, tmp_path, Progress())
     spoilt = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["type"] == "update"][7]
     assert spoilt["gate/shut"] and spoilt["dwd/lm_head"] == spoilt["dwd/middle"] == 0.0
     state, _ = checkpoint.load(tmp_path / "checkpoints")
@@ -498,6 +540,7 @@ def wait_for(out: Path, rows: int) -> None:
     deadline = time.monotonic() + 120
     while logged(out) < rows:
         assert time.monotonic() < deadline
+        assert all(map(runs, children))
         time.sleep(0.02)
 
 
@@ -582,7 +625,7 @@ def test_a_nan_on_one_rank_shuts_the_gate_on_all(two: Path, tmp_path: Path) -> N
     assert [*map(exit_code, ranks)] == [0, 0]
     rows = [[row for row in read_metrics(out / ARM / "metrics.jsonl") if row["type"] == "update"]
             for out in (tmp_path, two)]  # fmt: skip
-    assert rows[0][:8] == rows[1][:8]
+    assert rows[0][:8] == rows[1][:8] and not rows[1][8]["gate/shut"]
     spoilt, after = rows[0][8:10]
     assert spoilt["gate/shut"] and spoilt["dwd/lm_head"] == spoilt["dwd/middle"] == 0.0
     assert after["rollouts"] == spoilt["rollouts"] + 1

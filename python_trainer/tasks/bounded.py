@@ -138,7 +138,8 @@ def serve() -> None:
     logging.disable()
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGPROF, _expire)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for asked in (signal.SIGINT, signal.SIGTERM):  # the parent's to handle
+        signal.signal(asked, signal.SIG_IGN)
     _limit(resource.RLIMIT_AS, MEMORY)
     _limit(resource.RLIMIT_CORE, 0)
     verdict = 1.0  # ready
