@@ -76,7 +76,8 @@ class Build(cpp_extension.BuildExtension):
 
 
 # -fno-math-errno lets the compiler vectorise; no other fast-math: NaN and Inf must stay themselves.
-FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", f"-std={STD}", *DEFINES]
+# -Wno-psabi: vectors of 64 bytes are passed between inlined functions alone.
+FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", f"-std={STD}", *DEFINES]
 ops = cpp_extension.CppExtension(
     "dgg_kernels._ops",
     ["csrc/ops.cpp", *sources("cpu", ".cpp")],

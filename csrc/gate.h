@@ -72,7 +72,7 @@ DGG_HD double* tracker(double* s, Statistic which) {
 
 DGG_HD void push(double* s, double* t, double x) {
   const int64_t window = (int64_t)s[WINDOW_SIZE];
-  if (s[AVERAGE] == EMA) {
+  if (s[AVERAGE] == (double)EMA) {
     const double d = s[EMA_DECAY], delta = x - t[MEAN];
     if (t[COUNT] == 0) {
       t[MEAN] = x;
@@ -96,7 +96,7 @@ DGG_HD void push(double* s, double* t, double x) {
 DGG_HD bool score(double* s, double* t, double x, double* z) {
   const int64_t window = (int64_t)s[WINDOW_SIZE];
   if (t[COUNT] < window) return false;
-  if (s[AVERAGE] == WINDOW) {
+  if (s[AVERAGE] == (double)WINDOW) {
     const int64_t oldest = (int64_t)t[NEXT];
     double sum = 0, squares = 0;
     for (int64_t i = 0; i < window; ++i) sum += t[TRACKER_HEADER + (oldest + i) % window];
@@ -145,7 +145,8 @@ DGG_HD void gate_step(double* s, double energy, double norm, bool has_norm) {
 
   const bool finite = is_finite(x) && (!has_norm || is_finite(norm));
   bool shut = !finite || use > (int64_t)s[MAX_REUSE];
-  const bool by_increment = s[STATISTIC] != LEVEL, by_level = s[STATISTIC] != INCREMENT;
+  const bool by_increment = s[STATISTIC] != (double)LEVEL;
+  const bool by_level = s[STATISTIC] != (double)INCREMENT;
   if (finite && use > 1) {
     double z, best = NAN;
     if (by_increment && score(s, tracker(s, INCREMENT), s[INCREMENT_VALUE], &z)) {

@@ -15,23 +15,30 @@ namespace dgg __attribute__((visibility("hidden"))) {
     float* z;
     const float* weight;
 
-    ActiveSet(const Tensor& t, int64_t n, int64_t vocabulary) : n(n) {
-      const int64_t head = 2 * (n + 1), size = t.numel();
-      check_plain(t, ScalarType::Int, {size}, "active");
-      STD_TORCH_CHECK(size >= head, "active: expected the forward's entries of ", n, " rows");
-      int32_t* base = mutable_data<int32_t>(t);
+    ActiveSet(const Tensor& packed, int64_t n) : n(n) {
+      int32_t* base = mutable_data<int32_t>(packed);
       row_start = reinterpret_cast<const int64_t*>(base);
       column = base + 2 * (n + 1);
       z = reinterpret_cast<float*>(base + 2 * (n + 1) + row_start[n]);
       weight = z + row_start[n];
-      bool whole = row_start[0] == 0 && size == head + 3 * row_start[n];
-      for (int64_t i = 0; whole && i < n; ++i) whole = row_start[i] <= row_start[i + 1];
-      for (int64_t k = 0; whole && k < row_start[n]; ++k)
-        whole = column[k] >= 0 && column[k] < vocabulary;
-      STD_TORCH_CHECK(whole, "active: expected what the forward returned");
     }
     int64_t size() const { return row_start[n]; }
   };
+
+  // The backward is handed the forward's entries by its caller: nothing outside them may be read.
+  inline void check_active(const Tensor& t, int64_t n, int64_t vocabulary) {
+    const int64_t head = 2 * (n + 1), size = t.numel();
+    check_plain(t, ScalarType::Int, {size}, "active");
+    STD_TORCH_CHECK(size >= head, "active: expected the forward's entries of ", n, " rows");
+    const int32_t* base = mutable_data<int32_t>(t);
+    const int64_t* start = reinterpret_cast<const int64_t*>(base);
+    const int32_t* column = base + head;
+    bool whole = start[0] == 0 && start[n] >= 0 && size - head == 3 * start[n];
+    for (int64_t i = 0; whole && i < n; ++i) whole = start[i] <= start[i + 1];
+    for (int64_t k = 0; whole && k < start[n]; ++k)
+      whole = column[k] >= 0 && column[k] < vocabulary;
+    STD_TORCH_CHECK(whole, "active: expected what the forward returned");
+  }
 
   // Empties the rows, given in order, of n in the caller's.
   inline Tensor pack(const Tensor& like, std::vector<Row>& rows, int64_t n) {

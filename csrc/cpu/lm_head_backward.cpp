@@ -308,8 +308,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
   by_dtype(in.hidden, [&](auto t) {
     using T = decltype(t);
     if (seed.has_value() && grad_eps > 0) {
-      backward_sparse<T>(in, head, gradient, ActiveSet(active, in.n, vocabulary), need_hidden,
-                         need_bias, out);
+      check_active(active, in.n, vocabulary);
+      backward_sparse<T>(in, head, gradient, ActiveSet(active, in.n), need_hidden, need_bias, out);
     } else {
       backward_dense<T>(in, head, gradient, need_hidden, need_bias, out);
     }

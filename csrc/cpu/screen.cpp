@@ -275,7 +275,7 @@ void scan_screened(const Inputs& in, const Head& head, const std::vector<Tensor>
 void refine(const Inputs& in, const Head& head, std::vector<Row>& rows, const Tensor& active,
             double grad_eps, float* report) {
   const double log_eps = std::log(grad_eps);
-  const ActiveSet set(active, in.n, head.vocabulary());
+  const ActiveSet set(active, in.n);
   std::vector<bool> wanted(in.n, false);
   for (const Row& row : rows) wanted[row.index] = row.screened();
   const ByColumn entries(set, head.vocabulary(), [&](int64_t i) { return wanted[i]; });
