@@ -81,7 +81,9 @@ def vocab_parallel_logprob(
     local = target - first
     inside = kept & (local >= 0) & (local < weight.shape[0])
     row = local.where(inside, 0)
-    options = {"temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
+    options: dict[str, Any] = {
+        "temperature": temperature, "softcap": softcap, "ignore_index": ignore_index
+    }  # fmt: skip
     mine = linear_logprob(
         hidden, weight, row.where(kept, ignore_index), grad_eps=grad_eps, **options
     )

@@ -574,7 +574,8 @@ class GradientGate:
         """What the kernel's gradient is still multiplied by: it was written before unscale_()."""
         if self._scaler is None or not self._scaler.is_enabled():
             return self._one
-        scale = self._scaler._get_scale_async()  # get_scale() would wait for the device
+        # get_scale() would wait for the device.
+        scale = self._scaler._get_scale_async()  # pyright: ignore[reportPrivateUsage]
         return self._one if scale is None else scale
 
     def _check_scalar(self, name: str, value: Tensor | None) -> None:

@@ -58,7 +58,8 @@ for _op in ("lm_head_forward", "lm_head_backward"):
 
 
 @torch.library.register_fake("dgg::lm_head_forward")
-def _(hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed, screen):
+def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    seed, screen = others[-2:]
     N = hidden.shape[0]
     rows = [hidden.new_empty(N, dtype=torch.float32) for _ in range(4)]
     size = 0 if seed is None else torch.library.get_ctx().new_dynamic_size()
@@ -67,12 +68,15 @@ def _(hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, see
 
 
 @torch.library.register_fake("dgg::lm_head_backward")
-def _(grad_logp, grad_entropy, hidden, weight, target, bias, lse, entropy, active, seed, *options):
-    need_hidden, need_weight, need_bias, need_row_sq = options[-4:]
+def _(
+    grad_logp: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, target: Tensor,
+    bias: Tensor | None, *others: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    need_hidden, need_weight, need_bias, need_row_sq = others[-4:]
     return (
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if need_weight else hidden.new_empty(0),
-        torch.empty_like(bias) if need_bias else hidden.new_empty(0),
+        torch.empty_like(bias) if need_bias and bias is not None else hidden.new_empty(0),
         hidden.new_empty(weight.shape[0] if need_row_sq else 0, dtype=torch.float32),
     )
 
@@ -102,13 +106,14 @@ def _linear_logprob(
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, bias, target, temperature, softcap, grad_eps, lse_ref, seed, screen, *gate):
-    return torch.ops.dgg.lm_head_forward(
-        hidden, weight, target, bias, temperature, softcap, grad_eps, lse_ref, seed, screen
-    )
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    *options, _, _, _ = others  # the last three are the gate's
+    return torch.ops.dgg.lm_head_forward(hidden, weight, target, bias, *options)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, temperature, softcap, grad_eps, _, seed = inputs[:9]
     screen, row_sq, *gate = inputs[9:]
     _, entropy, lse, sum_p2, active, report = output
@@ -120,7 +125,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple:
+def _backward(
+    ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: None
+) -> tuple[Any, ...]:
     hidden, weight, bias, target, lse, entropy, active, seed, gate_row_sq = ctx.saved_tensors
     gate_id, gate_accumulates = ctx.gate
     gated = gate_row_sq is not None

@@ -7,6 +7,9 @@ atomics, no locks: the same bits every time.
 Exact (grad_eps = 0): dlogits by chunks of the vocabulary, multiplied by the library's GEMM.
 """
 
+# pyright: reportMissingParameterType=false
+# (Triton gives a kernel's parameters their types.)
+
 # Triton's annotations describe a kernel's body, not its launch, and bodies are not quite Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportUnboundVariable=false, reportAttributeAccessIssue=false

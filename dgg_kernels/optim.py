@@ -122,7 +122,7 @@ def _skip_on_host(
         if grad_scale is not None:
             groups = optimizer.param_groups
             grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-            torch._foreach_div_(grads, grad_scale)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_div_(grads, grad_scale)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
         return step(*args, **kwargs)
 
     optimizer.step = gated_step  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -331,7 +331,7 @@ def summarise(
 
 
 @contextmanager
-def progress_bar(console: Console, name: str, total: int | None) -> Iterator[Any]:
+def progress_bar(console: Console, name: str, total: int | None) -> Generator[Any]:
     """A transient bar on a terminal, nothing elsewhere; yields the callback that moves it."""
     columns = (
         TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(),

@@ -7,7 +7,7 @@ with it the gate's decision, is that of all of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,7 +104,7 @@ def spread(policy: Policy, config: TrainConfig, ranks: Ranks) -> nn.Module:
 
 
 @contextmanager
-def gathered(policy: nn.Module) -> Iterator[None]:
+def gathered(policy: nn.Module) -> Generator[None]:
     """Whole weights on every rank: sampling must not wait for the others at every token."""
     shards = [m for m in policy.modules() if isinstance(m, FSDPModule)]
     for module in shards:

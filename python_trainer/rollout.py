@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from math import isfinite
@@ -188,7 +188,7 @@ def answered(
 
 
 @contextmanager
-def asking(task: Task, config: TrainConfig, turn: str | None = None) -> Iterator[None]:
+def asking(task: Task, config: TrainConfig, turn: str | None = None) -> Generator[None]:
     """Whatever happens in a task becomes a TaskError of one line; so does taking too long.
 
     The time limit needs signals: it holds in the main thread, and not against code that never

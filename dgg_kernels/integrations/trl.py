@@ -74,7 +74,7 @@ class DGGTrainer(GRPOTrainer):
             ),
             weight,
         )
-        options = {
+        options: dict[str, Any] = {
             "temperature": self.temperature,
             "float32": config.cast_lm_head_to_fp32,
             **(head_options or {}),

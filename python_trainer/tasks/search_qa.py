@@ -406,7 +406,8 @@ def _is_paragraph(value: Any) -> bool:
     match value:
         case [str(), [*sentences]]:
             return all(isinstance(sentence, str) for sentence in sentences)
-    return False
+        case _:
+            return False
 
 
 def _wrong(where: str, expected: str, got: str) -> TaskError:

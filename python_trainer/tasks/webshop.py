@@ -90,7 +90,7 @@ NOTHING = "nothing happens\n"
 # Letters of the results; x, y, z first, because no other word of a page is so short.
 LABELS = "xyz" + string.ascii_lowercase[:-3]
 
-KIND_NAMES = {str: "a text", list: "a list", dict: "an object"}
+KIND_NAMES: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
 
 COLORS = "red blue green black white pink"
 SIZES = "small medium large"
