@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from python_trainer.config import TrainConfig
 from python_trainer.files import per_batch, updates, use_counts
 from python_trainer.plots import draw_curves, panels, smooth
 
@@ -170,20 +171,15 @@ def time(runs: Runs) -> Any:
 
 
 # Of the paper's gate, what a line of `sensitivity` does not vary.
-PAPERS = {
-    "gate": "dgg", "gate_statistic": "increment", "gate_average": "window", "gate_squared": False,
-    "gate_include_shut": False,
-}  # fmt: skip
-
-
 def sensitivity(runs: Runs, configs: dict[str, Any]) -> Any:
     """Curve mean and uses over the thresholds of the paper's gate, a line for every K."""
     lines: dict[int, list[tuple[float, str]]] = {}
     for arm in runs:
-        config = configs[arm]
-        if all(config[name] == value for name, value in PAPERS.items()):
-            place = (config["gate_threshold"], arm)
-            lines.setdefault(config["num_iterations"], []).append(place)
+        config = TrainConfig(**configs[arm])
+        score = config.score
+        form = (config.gate, config.gate_statistic, config.gate_average, config.gate_squared)
+        if form == ("dgg", "increment", "window", False) and not score.include_shut:
+            lines.setdefault(config.num_iterations, []).append((score.threshold, arm))
     if not any(len(of) > 1 for of in lines.values()):
         return None
     figure, axes = panels(1, 2, 4.2, 11)
