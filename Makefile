@@ -50,20 +50,24 @@ fuzz: install  ## the targets of tests/test_fuzz.py, 130,000 cases; counts to bu
 	@mkdir -p build
 	FUZZ=$(FUZZ) FUZZ_RECORD=$(abspath build/fuzz.json) OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_fuzz.py
 
-# Without the clones for other CPUs, which take the sanitized build minutes.
-SANITIZE := -fsanitize=address,undefined
+# A copy of the tree, $(1), whose C++ ops are built with more flags, $(2). Without the clones for other
+# CPUs, which would take such a build minutes.
+define instrumented
+	@rm -rf build/$(1) && mkdir -p build/$(1)
+	@cp -r csrc dgg_kernels python_trainer benchmarks tests setup.py pyproject.toml README.md LICENSE build/$(1)
+	@rm -f build/$(1)/dgg_kernels/*.so
+	cd build/$(1) && CFLAGS='-DDGG_NO_CLONES $(2)' LDFLAGS='$(2)' $(abspath $(RUN)) setup.py -q build_ext --inplace
+endef
+OF_OPS := tests/test_lm_head.py tests/test_active_set.py tests/test_screen.py tests/test_gate.py \
+    tests/test_fuzz.py -k 'not real_rows and not independent_model and not hostile and not task'
+
+COMMA := ,
 sanitize: install  ## the C++ ops with the address and undefined-behaviour sanitizers, and their tests
-	@rm -rf build/sanitized && mkdir -p build/sanitized
-	@cp -r csrc dgg_kernels python_trainer benchmarks tests setup.py pyproject.toml README.md LICENSE build/sanitized
-	@rm -f build/sanitized/dgg_kernels/*.so
-	cd build/sanitized && CFLAGS='-DDGG_NO_CLONES -g1 $(SANITIZE) -fno-sanitize-recover=undefined' \
-	    LDFLAGS='$(SANITIZE)' $(abspath $(RUN)) setup.py -q build_ext --inplace
+	$(call instrumented,sanitized,-g1 -fsanitize=address$(COMMA)undefined -fno-sanitize-recover=undefined)
 	@nm -D build/sanitized/dgg_kernels/*.so | grep -q __asan_report
 	cd build/sanitized && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    $(abspath $(RUN)) -m pytest -p no:cacheprovider tests/test_lm_head.py tests/test_active_set.py \
-	    tests/test_screen.py tests/test_gate.py tests/test_fuzz.py \
-	    -k 'not real_rows and not independent_model and not hostile and not task'
+	    $(abspath $(RUN)) -m pytest -p no:cacheprovider $(OF_OPS)
 
 lint: install  ## ruff, clang-format and pyright
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
@@ -75,7 +79,7 @@ format: install  ## ruff and clang-format, in place
 	$(VENV)/bin/clang-format -i $(CSRC)
 
 COVER := OMP_NUM_THREADS=1 $(RUN) -m coverage run -m pytest -n 2
-coverage: install  ## branch coverage by make test's tests, Triton's kernels in the interpreter too
+coverage: install  ## coverage by make test's tests: branches of Python (Triton in the interpreter), lines of C++
 	rm -rf build/coverage
 	$(COVER) --ignore=tests/test_packaging.py --ignore=tests/test_cuda_sources.py
 	TRITON_INTERPRET=1 $(COVER) tests/test_triton_kernels.py -W ignore::RuntimeWarning
@@ -85,6 +89,11 @@ coverage: install  ## branch coverage by make test's tests, Triton's kernels in 
 	@# verl is not of this environment (tests/integrations/verl.txt).
 	$(RUN) -m coverage report --include='dgg_kernels/*' \
 	    --omit='dgg_kernels/integrations/verl.py' --fail-under=90
+	$(call instrumented,covered,--coverage -fprofile-update=atomic)
+	cd build/covered && OMP_NUM_THREADS=2 $(abspath $(RUN)) -m pytest -p no:cacheprovider $(OF_OPS)
+	$(RUN) -m pip install -q -c constraints.txt gcovr
+	@# Branches of C++ are not counted: of each check, the compiler makes several that throw.
+	cd build/covered && $(abspath $(RUN)) -m gcovr --merge-lines --filter csrc --fail-under-line 90
 
 lock: install  ## requirements.lock anew: constraints.txt's versions, else the newest, with hashes
 	$(RUN) -m pip install -q -c constraints.txt uv
