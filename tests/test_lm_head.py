@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tolerance import FLOOR, assert_as_good_as_torch, error
 
@@ -139,15 +139,21 @@ def test_banned_tokens_have_no_probability_and_no_gradient(implementation):
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(0, 40), v=st.integers(1, 300), d=st.integers(1, 70), seed=st.integers(0, 99),
-    scale=st.sampled_from([0.1, 1.0, 10.0]),
+    scale_softcap=st.sampled_from(
+        [(0.1, None), (1.0, None), (10.0, None), (1.0, 4.0), (10.0, 30.0)]
+    ),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
-    softcap=st.sampled_from([None, 4.0]),
     leading=st.booleans(), strided=st.booleans(),
 )  # fmt: skip
-def test_any_shape(n, v, d, seed, scale, temperature, softcap, leading, strided):
+@example(1, 246, 1, 0, (10.0, None), 1.0, False, False)  # logits of 40, one row, one dimension
+def test_any_shape(n, v, d, seed, scale_softcap, temperature, leading, strided):
+    scale, softcap = scale_softcap
     hidden, weight, target, c, c_entropy = inputs(n, v, d, scale=scale, seed=seed)
     options = {"temperature": temperature, "softcap": softcap}
-    mine = check((hidden, weight, target, c, c_entropy), **options)
+    magnitude = 0.0
+    if n and scale > 1.0:  # of a logit, and of the log-sum-exp
+        magnitude = 2 * float((hidden @ weight.T).detach().abs().max()) / temperature
+    mine = check((hidden, weight, target, c, c_entropy), magnitude=magnitude, **options)
     if leading:
         out = linear_logprob(hidden[None], weight, target[None], grad_eps=0.0, **options)
         assert out.logp.shape == (1, n)
@@ -155,7 +161,18 @@ def test_any_shape(n, v, d, seed, scale, temperature, softcap, leading, strided)
     if strided:
         hidden = torch.stack([hidden.detach()] * 2, -1)[..., 0].requires_grad_()
         weight = weight.detach().T.contiguous().T.requires_grad_()
-        check((hidden, weight, target, c, c_entropy), **options)
+        check((hidden, weight, target, c, c_entropy), magnitude=magnitude, **options)
+
+
+def test_a_saturated_softcap_costs_its_slope_digits(implementation):
+    """1 - tanh² near 0 is known to a few roundings of 1, not of itself; so is the gradient."""
+    hidden, weight, target, c, _ = inputs(1, 246, 62, scale=10.0, ignored=0.0)
+    args = hidden, weight, target, torch.ones_like(c), torch.zeros_like(c)
+    bias = torch.zeros(246)
+    exact = run(reference_logprob, *args, dtype=torch.float64, bias=bias, softcap=4.0)
+    mine = run(linear_logprob, *args, bias=bias, grad_eps=0.0, softcap=4.0)
+    assert (hidden @ weight.T).detach().abs().max() > 20  # tanh of 5: 1 - tanh² is 2e-4
+    assert (mine["d_bias"] - exact["d_bias"]).abs().max() < 8 * 2**-24
 
 
 @pytest.mark.parametrize("grad_eps", [0.0, 2**-8])
