@@ -61,9 +61,8 @@ endef
 OF_OPS := tests/test_lm_head.py tests/test_active_set.py tests/test_screen.py tests/test_gate.py \
     tests/test_fuzz.py -k 'not real_rows and not independent_model and not hostile and not task'
 
-COMMA := ,
 sanitize: install  ## the C++ ops with the address and undefined-behaviour sanitizers, and their tests
-	$(call instrumented,sanitized,-g1 -fsanitize=address$(COMMA)undefined -fno-sanitize-recover=undefined)
+	$(call instrumented,sanitized,-g1 -fsanitize=address -fsanitize=undefined -fno-sanitize-recover=undefined)
 	@nm -D build/sanitized/dgg_kernels/*.so | grep -q __asan_report
 	cd build/sanitized && OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \

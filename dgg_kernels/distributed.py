@@ -81,12 +81,10 @@ def vocab_parallel_logprob(
     local = target - first
     inside = kept & (local >= 0) & (local < weight.shape[0])
     row = local.where(inside, 0)
-    options: dict[str, Any] = {
-        "temperature": temperature, "softcap": softcap, "ignore_index": ignore_index
-    }  # fmt: skip
     mine = linear_logprob(
-        hidden, weight, row.where(kept, ignore_index), grad_eps=grad_eps, **options
-    )
+        hidden, weight, row.where(kept, ignore_index), temperature=temperature, softcap=softcap,
+        ignore_index=ignore_index, grad_eps=grad_eps,
+    )  # fmt: skip
     score = (hidden.float() * weight[row].float()).sum(-1)
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)

@@ -7,12 +7,11 @@ atomics, no locks: the same bits every time.
 Exact (grad_eps = 0): dlogits by chunks of the vocabulary, multiplied by the library's GEMM.
 """
 
-# pyright: reportMissingParameterType=false
-# (Triton gives a kernel's parameters their types.)
-
-# Triton's annotations describe a kernel's body, not its launch, and bodies are not quite Python.
+# Triton's annotations describe a kernel's body, not its launch, and bodies are not quite Python;
+# a kernel's parameters have the types that they are launched with.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportUnboundVariable=false, reportAttributeAccessIssue=false
+# pyright: reportMissingParameterType=false
 
 from dataclasses import dataclass, replace
 

@@ -5,12 +5,11 @@ reference is known, one bit an entry: kept in the backward or not). Rows without
 sorted to the end on the device and never touched; the host learns no count.
 """
 
-# pyright: reportMissingParameterType=false
-# (Triton gives a kernel's parameters their types.)
-
-# Triton's annotations describe a kernel's body, not its launch, and bodies are not quite Python.
+# Triton's annotations describe a kernel's body, not its launch, and bodies are not quite Python;
+# a kernel's parameters have the types that they are launched with.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportUnboundVariable=false, reportAttributeAccessIssue=false
+# pyright: reportMissingParameterType=false
 
 import math
 from collections.abc import Iterator, Sequence

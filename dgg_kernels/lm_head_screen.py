@@ -13,12 +13,11 @@ whose last line makes it unbiased: the screen is a control variate, and the entr
 gradient correct it. Rows that it does not suit are computed without it (see `suits`).
 """
 
-# pyright: reportMissingParameterType=false
-# (Triton gives a kernel's parameters their types.)
-
-# Triton's annotations describe a kernel's body, not its launch, and bodies are not quite Python.
+# Triton's annotations describe a kernel's body, not its launch, and bodies are not quite Python;
+# a kernel's parameters have the types that they are launched with.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportUnboundVariable=false, reportAttributeAccessIssue=false
+# pyright: reportMissingParameterType=false
 
 import math
 from collections.abc import Sequence

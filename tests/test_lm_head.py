@@ -140,7 +140,7 @@ def test_banned_tokens_have_no_probability_and_no_gradient(implementation):
 @given(
     n=st.integers(0, 40), v=st.integers(1, 300), d=st.integers(1, 70), seed=st.integers(0, 99),
     scale_softcap=st.sampled_from(
-        [(0.1, None), (1.0, None), (10.0, None), (1.0, 4.0), (10.0, 30.0)]
+        [(0.1, None), (1.0, None), (10.0, None), (0.1, 4.0), (1.0, 4.0), (10.0, 30.0)]
     ),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
     leading=st.booleans(), strided=st.booleans(),
@@ -152,7 +152,8 @@ def test_any_shape(n, v, d, seed, scale_softcap, temperature, leading, strided):
     options = {"temperature": temperature, "softcap": softcap}
     magnitude = 0.0
     if n and scale > 1.0:  # of a logit, and of the log-sum-exp
-        magnitude = 2 * float((hidden @ weight.T).detach().abs().max()) / temperature
+        largest = float((hidden @ weight.T).detach().abs().max())
+        magnitude = 2 * min(largest, softcap or largest) / temperature
     mine = check((hidden, weight, target, c, c_entropy), magnitude=magnitude, **options)
     if leading:
         out = linear_logprob(hidden[None], weight, target[None], grad_eps=0.0, **options)

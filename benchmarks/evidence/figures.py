@@ -170,7 +170,6 @@ def time(runs: Runs) -> Any:
     return figure
 
 
-# Of the paper's gate, what a line of `sensitivity` does not vary.
 def sensitivity(runs: Runs, configs: dict[str, Any]) -> Any:
     """Curve mean and uses over the thresholds of the paper's gate, a line for every K."""
     lines: dict[int, list[tuple[float, str]]] = {}

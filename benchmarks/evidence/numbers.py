@@ -149,6 +149,11 @@ HYPOTHESES: dict[str, list[tuple[str, str, str, bool]]] = {
         *((arm, f"local_{arm}", "curve mean", False) for arm in ("dgg", "gain")),
         *(("falling", other, "curve mean", False)
           for other in ("gain", "fixed_k8", "fixed_k4", "dgg", "rising")),
+        *((arm, "k8_t05", "curve mean", False)  # of variants.toml
+          for arm in ("k8_t01", "k8_t10", "k8_t20", "k4_t05", "level", "either", "ema", "shut_in",
+                      "squared_shut_in")),
+        *((arm, other, "curve mean", False) for arm in ("k8_t10", "squared_shut_in")
+          for other in ("dgg", "gain", "fixed_k8", "fixed_k4")),
     ],
 }  # fmt: skip
 

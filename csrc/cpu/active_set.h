@@ -33,7 +33,7 @@ namespace dgg __attribute__((visibility("hidden"))) {
     const int32_t* base = mutable_data<int32_t>(t);
     const int64_t* start = reinterpret_cast<const int64_t*>(base);
     const int32_t* column = base + head;
-    bool whole = start[0] == 0 && start[n] >= 0 && size - head == 3 * start[n];
+    bool whole = start[0] == 0 && (size - head) % 3 == 0 && start[n] == (size - head) / 3;
     for (int64_t i = 0; whole && i < n; ++i) whole = start[i] <= start[i + 1];
     for (int64_t k = 0; whole && k < start[n]; ++k)
       whole = column[k] >= 0 && column[k] < vocabulary;
