@@ -57,9 +57,17 @@ for _op in ("lm_head_forward", "lm_head_backward"):
         torch.library.register_kernel(f"dgg::{_op}", _device, getattr(lm_head_chunked, _op))
 
 
+def _check_matrices(hidden: Tensor, weight: Tensor) -> None:
+    """Of a fake kernel's arguments, those whose shapes it reads; the real ones check them all."""
+    for name, t in {"hidden": hidden, "weight": weight}.items():
+        if t is None or t.dim() != 2:
+            raise RuntimeError(f"{name}: expected a matrix, got {None if t is None else _shape(t)}")
+
+
 @torch.library.register_fake("dgg::lm_head_forward")
-def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
     seed, screen = others[-2:]
+    _check_matrices(hidden, weight)
     N = hidden.shape[0]
     rows = [hidden.new_empty(N, dtype=torch.float32) for _ in range(4)]
     size = 0 if seed is None else torch.library.get_ctx().new_dynamic_size()
@@ -73,6 +81,7 @@ def _(
     bias: Tensor | None, *others: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need_hidden, need_weight, need_bias, need_row_sq = others[-4:]
+    _check_matrices(hidden, weight)
     return (
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if need_weight else hidden.new_empty(0),

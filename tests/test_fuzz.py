@@ -267,10 +267,7 @@ def test_ops_called_directly(op, swaps):
         arguments[position % len(arguments)] = GARBAGE[what]
     try:
         getattr(torch.ops.dgg, op)(*arguments)
-    except (RuntimeError, TypeError, ValueError):  # NotImplementedError is a RuntimeError
-        return "refused"
-    except AttributeError:  # shapes of meta tensors are derived in Python, where None has none
-        assert any(isinstance(a, torch.Tensor) and a.is_meta for a in arguments)
+    except RuntimeError:  # NotImplementedError is one
         return "refused"
     return "taken"
 
