@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, replace
 
 import pytest
@@ -278,12 +279,17 @@ def test_a_run_that_is_killed_at_random_ends_as_if_it_had_not_been(echo, tmp_pat
     def forked(folder):
         child = os.fork()
         if child == 0:
-            train(config, echo, folder, Progress())
-            os._exit(0)
+            try:  # never back into pytest, whose rest the child would run beside its parent
+                train(config, echo, folder, Progress())
+                os._exit(0)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
         return child
 
     began = time.monotonic()
-    os.waitpid(forked(tmp_path / "whole"), 0)
+    _, status = os.waitpid(forked(tmp_path / "whole"), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
     took = time.monotonic() - began  # of a child, as those that are killed
     rng, kills, runs = random.Random(0), 0, 0
     while kills < 20:
