@@ -18,7 +18,6 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import fork_to
 from test_trainer_runs import TOYS, assert_same_end, options_of
 from trainer_toys import TINY, Digits
 
@@ -109,14 +109,8 @@ def none_outlives_its_test() -> Iterator[None]:
 
 
 def forked(act: Callable[[], Any]) -> int:
-    """Id of a copy of this process that does nothing else; it exits with what `act` returns."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(act() or 0)
-        finally:
-            traceback.print_exc()
-            os._exit(99)
+    """Id of a copy of this process, as `fork_to` makes it, which ends with its test."""
+    child = fork_to(act)
     children.add(child)
     return child
 

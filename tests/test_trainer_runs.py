@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
+from forks import fork_to
 from rich.console import Console
 from trainer_toys import TINY, Digits, Echo, Fails
 
@@ -276,19 +277,11 @@ def test_a_run_that_is_killed_at_random_ends_as_if_it_had_not_been(echo, tmp_pat
     gc.collect()
     gc.freeze()  # or every child copies what its collector touches, for longer than it may live
 
-    def forked(folder):
-        child = os.fork()
-        if child == 0:
-            try:  # never back into pytest, whose rest the child would run beside its parent
-                train(config, echo, folder, Progress())
-                os._exit(0)
-            finally:
-                traceback.print_exc()
-                os._exit(1)
-        return child
+    def run(folder):
+        train(config, echo, folder, Progress())
 
     began = time.monotonic()
-    _, status = os.waitpid(forked(tmp_path / "whole"), 0)
+    _, status = os.waitpid(fork_to(lambda: run(tmp_path / "whole")), 0)
     assert os.waitstatus_to_exitcode(status) == 0
     took = time.monotonic() - began  # of a child, as those that are killed
     rng, kills, runs = random.Random(0), 0, 0
@@ -296,7 +289,7 @@ def test_a_run_that_is_killed_at_random_ends_as_if_it_had_not_been(echo, tmp_pat
         folder, runs = tmp_path / f"killed-{runs}", runs + 1
         for attempt in itertools.count():
             assert attempt < 100, "none gets any further than the one before"
-            child = forked(folder)
+            child = fork_to(partial(run, folder))
             time.sleep(rng.uniform(0.02, 0.5 * took))
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)

@@ -9,6 +9,7 @@ import time
 import types
 
 import pytest
+from forks import fork_to
 
 from python_trainer.config import ConfigError, TaskError
 from python_trainer.tasks import make_task, play
@@ -428,11 +429,7 @@ def test_a_forked_process_has_a_child_of_its_own():
     call = Bounded(eval, "t")
     assert call("1") == 1.0
     child = call._child
-    if (pid := os.fork()) == 0:
-        try:
-            os._exit(call("0.5") != 0.5 or call._child is child)
-        finally:  # never back into pytest
-            os._exit(99)
+    pid = fork_to(lambda: call("0.5") != 0.5 or call._child is child)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert call._child is child and call("0.25") == 0.25
 
