@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--arms", nargs="+", default=None, metavar="ARM",
         help="single_use fixed_k4 fixed_k8 dgg random gain (default), shuffled, kl, chi2, "
-        "global_norm, middle_norm, skip_step, zclip, or [arms.NAME] of the TOML file",
+        "gain_kl, log_ratio, global_norm, middle_norm, skip_step, zclip, or [arms.NAME] of the TOML file",
     )  # fmt: skip
     compare.add_argument(
         "--seeds", nargs="+", type=int, default=None, metavar="INT",
@@ -240,4 +240,6 @@ def terminate(*_: Any) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, terminate)
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing is left to end
+    sys.exit(code)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 GATES = (
-    "off", "dgg", "gain", "random", "shuffled", "kl", "chi2", "global_norm", "middle_norm",
-    "skip_step", "zclip",
+    "off", "dgg", "gain", "gain_kl", "log_ratio", "random", "shuffled", "kl", "chi2",
+    "global_norm", "middle_norm", "skip_step", "zclip",
 )  # fmt: skip
 
 
@@ -22,7 +22,8 @@ class Score(NamedTuple):
 
 
 PAPERS = Score(0.5, 32, False)  # on the norm of a gradient
-SCORES = {"gain": Score(0.4, 96, True)}  # as docs/evidence.md tested it
+# As docs/evidence.md tested them.
+SCORES = dict.fromkeys(("gain", "gain_kl", "log_ratio"), Score(0.4, 96, True))
 LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo")
 SCALES = ("group", "batch", "none")
 STATISTICS = ("increment", "level", "either")
@@ -106,7 +107,7 @@ class TrainConfig:
     gate_statistic: str = "increment"
     gate_average: str = "window"  # "ema": a running mean and deviation that forget by 3 % a value
     gate_squared: bool = False  # score the squared norm
-    kl_stop: float = 0.01  # gate="kl": stop when KL(old || new) per token exceeds this
+    kl_stop: float = 0.01  # "kl", "gain_kl": stop when KL(old || new) per token exceeds this
     chi2_stop: float = 0.1  # gate="chi2": stop when the batch's Pearson chi-squared exceeds this
     mean_uses: float = 2.0  # gate="random": passes over a batch to aim at
     use_counts: tuple[int, ...] = ()  # gate="shuffled": updates from each batch, in any order

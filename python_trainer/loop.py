@@ -359,13 +359,14 @@ def update_row(
     `updates_applied` includes this update if it was applied. `reward` is the batch's mean, `turns`
     and `completion_length` (tokens of the policy) are per episode, `truncated` the share that a
     limit on tokens cut. `kl` is KL(old || new) and `kl_ref` that to the warm start, nats per token,
-    as `entropy`; `clip_ratio` the share of tokens whose gradient the clip cuts off. `gate/reuse`
-    counts passes from 1; `gate/energy` is the norm that the gate scored, `grad_norm` the global one
+    as `entropy`; `clip_ratio` the share of tokens whose gradient the clip cuts off; `log_ratio/*`
+    the mean of logp - old_logp over tokens of negative, or positive, advantage. `gate/reuse` counts passes from 1; `gate/energy` is the norm that the gate scored, `grad_norm` the global one
     before clipping. `dwd/*` is ‖W_t - W_{t-1}‖ / ‖W_{t-1}‖ (0 when discarded), `dwd_total/*` that
     against W_0. `learning_rate` is this update's.
     """
     names = (
         "loss", "kl", "kl_ref", "entropy", "clip_ratio", "learning_rate",
+        "log_ratio/negative", "log_ratio/positive",
         "grad_norm", "gate/energy", "gate/z", "gate/chi2", "gate/chi2_lower_bound",
         "dwd/lm_head", "dwd/middle", "dwd_total/lm_head", "dwd_total/middle",
     )  # fmt: skip

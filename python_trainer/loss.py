@@ -48,6 +48,7 @@ class Loss:
     # sequence's), 0 where clipped or masked, the cap where capped. The w of the χ² monitor.
     weight_BC: Tensor
     share_BC: Tensor  # each token's share of the loss: token_shares
+    log_ratio_BC: Tensor  # logp - old_logp of each token, detached; 0 where masked
 
 
 def group_advantages(
@@ -147,4 +148,5 @@ def policy_loss(
         weight_BC = ratio_BC.masked_fill(clipped_BC, high if cispo else 0.0) * mask_BC
         kl = ((token_log_ratio_BC.exp() - token_log_ratio_BC - 1.0) * mask_BC).sum() / tokens
         clip_ratio = clipped_BC.sum() / tokens
-    return Loss(loss, kl, kl_ref, clip_ratio, weight_BC, share_BC)
+    log_ratio_BC = token_log_ratio_BC.detach()
+    return Loss(loss, kl, kl_ref, clip_ratio, weight_BC, share_BC, log_ratio_BC)

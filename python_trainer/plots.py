@@ -31,6 +31,8 @@ STYLES = {
     "falling": ("Uses 8, 4, 2, 1", "#000000", "-."),
     "rising": ("Uses 1, 2, 4, 8", "#000000", ":"),
     "gain": ("Gain gate", "#009E73", "-"),
+    "gain_kl": ("Gain gate and KL stop", "#009E73", "--"),
+    "log_ratio": ("Log-ratio gate", "#E69F00", "-"),
     "kl": ("KL stop", "#009E73", "-."),
     "chi2": ("χ² stop", "#009E73", ":"),
     "global_norm": ("Global-norm gate", "#56B4E9", "-."),

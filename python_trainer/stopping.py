@@ -98,6 +98,24 @@ class KLStop(Arm):
         self.gate.foresee(torch.where(value <= limit, 0.0, math.nan))  # NaN always shuts
 
 
+class GainKLGate(GainGate):
+    """The gain gate, and a KL stop beside it: until its window is full, and where no clip is."""
+
+    def foresee(self, seen: dict[str, Tensor]) -> None:
+        bounded = seen["kl"] <= self.config.kl_stop
+        self.gate.foresee(torch.where(bounded, seen["loss"], math.nan))  # NaN always shuts
+
+
+class LogRatioGate(Arm):
+    """Shuts before the backward, when the last update lowered what it should lower by too little.
+
+    Fed with the mean log-ratio of the tokens of negative advantage: one side of the gain.
+    """
+
+    def foresee(self, seen: dict[str, Tensor]) -> None:
+        self.gate.foresee(seen["log_ratio/negative"])
+
+
 class Chi2Stop(KLStop):
     """The same with the Pearson χ² of the batch and `chi2_stop`."""
 
@@ -202,6 +220,8 @@ ARMS: dict[str, type[Arm]] = {
     "off": Arm,
     "dgg": DynamicGate,
     "gain": GainGate,
+    "gain_kl": GainKLGate,
+    "log_ratio": LogRatioGate,
     "random": RandomStop,
     "shuffled": ShuffledStop,
     "kl": KLStop,
@@ -211,7 +231,14 @@ ARMS: dict[str, type[Arm]] = {
     "skip_step": SkipStep,
     "zclip": ZClip,
 }
-GATED = ("dgg", "gain", "global_norm", "middle_norm")  # arms whose z-score decides
+GATED = (
+    "dgg",
+    "gain",
+    "gain_kl",
+    "log_ratio",
+    "global_norm",
+    "middle_norm",
+)  # arms whose z-score decides
 
 
 def norm_of(parameter: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from .loss import Loss
 from .model import Evaluated
 
 MEANS = ("kl", "kl_ref", "entropy", "clip_ratio")  # per token
+SIGNS = {"log_ratio/negative": -1, "log_ratio/positive": 1}  # of the tokens' advantage
 
 
 class Watch:
@@ -23,6 +24,7 @@ class Watch:
         self.tokens = tokens  # 0-dim: those that count, over all ranks
         self.loss = torch.zeros((), device=tokens.device)
         self.sums = dict.fromkeys(MEANS, torch.zeros((), device=tokens.device))
+        self.by_sign = torch.zeros(len(SIGNS), 2, device=tokens.device)  # log-ratios, tokens
         self.weights: list[Tensor] = []
         self.score_sq: list[Tensor] = []
 
@@ -41,6 +43,9 @@ class Watch:
         sums = {name: value * count for name, value in here.items() if value is not None}
         sums["entropy"] = (out.entropy * mask_BC).sum()
         self.sums = {name: self.sums[name] + sums.get(name, 0.0) for name in MEANS}
+        for row, sign in zip(self.by_sign, SIGNS.values(), strict=True):
+            of_sign_BC = mask_BC & (advantage_B.sign() == sign)[:, None]
+            row += torch.stack([(loss.log_ratio_BC * of_sign_BC).sum(), of_sign_BC.sum()])
         self.weights.append(loss.weight_BC[mask_BC])
         scaled_BC = self.tokens * loss.share_BC * advantage_B[:, None]
         self.score_sq.append(
@@ -57,6 +62,8 @@ class Watch:
         }
         if self.config.beta == 0:
             del found["kl_ref"]
+        log_ratios, counts = self.ranks.total(self.by_sign).unbind(dim=1)
+        found |= dict(zip(SIGNS, log_ratios / counts.clamp_min(1), strict=True))
         self.all_weights = self.ranks.gather(torch.cat(self.weights))
         return found | {"loss": self.ranks.total(self.loss), "gate/chi2": chi2(self.all_weights)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,10 @@ def fork_to(act: Callable[[], Any]) -> int:
     child = os.fork()
     if child == 0:
         try:
-            os._exit(act() or 0)
+            try:
+                os._exit(act() or 0)
+            except BaseException:
+                traceback.print_exc(file=sys.__stderr__)  # `act` may have closed its own
         finally:
-            traceback.print_exc()
             os._exit(99)
     return child

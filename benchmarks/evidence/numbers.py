@@ -147,6 +147,8 @@ HYPOTHESES: dict[str, list[tuple[str, str, str, bool]]] = {
     "H9": [("tempered", "dgg", "curve mean", False)],
     "exploratory": [
         *((arm, f"local_{arm}", "curve mean", False) for arm in ("dgg", "gain")),
+        *((arm, other, "curve mean", False) for arm in ("gain_kl", "log_ratio")
+          for other in ("gain", "kl", "dgg")),
         *(("falling", other, "curve mean", False)
           for other in ("gain", "fixed_k8", "fixed_k4", "dgg", "rising")),
         *((arm, "k8_t05", "curve mean", False)  # of variants.toml
@@ -184,6 +186,12 @@ AHEAD: dict[str, Callable[[dict[str, Any], dict[str, Any]], float]] = {
     "χ²": lambda row, last: row["gate/chi2"],
     "clip share": lambda row, last: row["clip_ratio"],
     "entropy, low": lambda row, last: -row["entropy"],
+    **{
+        f"log-ratio of {sign} advantages{', increment' * increment}":
+            lambda row, last, key=f"log_ratio/{sign}", increment=increment:
+                row[key] - increment * last[key]
+        for sign in ("negative", "positive") for increment in (True, False)
+    },
 }  # fmt: skip
 
 
@@ -192,10 +200,11 @@ Effects = dict[int, list[tuple[float, dict[str, float]]]]
 
 
 def effects(run: Run) -> Effects:
-    """Of a run that recorded them (`oracle`)."""
+    """Of a run that recorded them (`oracle`). Of several mini-batches, the last tells of a pass."""
     after = {r["rollouts"]: r["accuracies"] for r in run.rows if r["type"] == "effect"}
+    passes = {(row["rollouts"], row["gate/reuse"]): row for row in updates(run.rows)}
     found: Effects = {}
-    for last, row in itertools.pairwise(updates(run.rows)):
+    for last, row in itertools.pairwise(passes.values()):
         if (use := row["gate/reuse"]) > 1:
             seen = after[row["rollouts"]]
             told = {name: signal(row, last) for name, signal in AHEAD.items()}
@@ -205,12 +214,42 @@ def effects(run: Run) -> Effects:
 
 def auc(seen: Iterable[Effects], name: str) -> float:
     """How often a harmful update has the higher signal, in pairs of one run and use index."""
+    return _auc(
+        (np.array([told[name] for _, told in of]), _harmful(of))
+        for run in seen
+        for of in run.values()
+    )
+
+
+def combined_auc(seen: list[Effects]) -> float:
+    """The same of the linear combination of all signals that the *other* runs are best told by.
+
+    Signals are standardised within a run and use index.
+    """
+    runs = [[(_standardised(of), _harmful(of)) for of in run.values()] for run in seen]
+    cases = []
+    for left_out in runs if len(runs) > 1 else ():
+        of_others = [case for run in runs if run is not left_out for case in run]
+        signals, harmful = (np.concatenate(column) for column in zip(*of_others, strict=True))
+        weights, *_ = np.linalg.lstsq(signals, harmful - harmful.mean())
+        cases += [(values @ weights, told) for values, told in left_out]
+    return _auc(cases)
+
+
+def _harmful(of: list[tuple[float, dict[str, float]]]) -> np.ndarray:
+    return np.array([effect < 0 for effect, _ in of])
+
+
+def _standardised(of: list[tuple[float, dict[str, float]]]) -> np.ndarray:
+    x = np.array([list(told.values()) for _, told in of])
+    return (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1.0)
+
+
+def _auc(cases: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Of (scores, which are harmful), each compared within itself alone."""
     won, pairs = 0.0, 0
-    for run in seen:
-        for of in run.values():
-            harmful = [told[name] for effect, told in of if effect < 0]
-            others = [told[name] for effect, told in of if effect >= 0]
-            if harmful and others:
-                won += float(stats.mannwhitneyu(harmful, others).statistic)
-                pairs += len(harmful) * len(others)
+    for scores, harmful in cases:
+        if harmful.any() and not harmful.all():
+            won += float(stats.mannwhitneyu(scores[harmful], scores[~harmful]).statistic)
+            pairs += int(harmful.sum() * (~harmful).sum())
     return won / pairs if pairs else math.nan

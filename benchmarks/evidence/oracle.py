@@ -1,9 +1,9 @@
 r"""The true effect of every update, and what the best prefix of a batch's uses could gain.
 
     python -m benchmarks.evidence.oracle --config benchmarks/evidence/main.toml --seeds 0 1 \
-        --out runs/oracle
+        --out runs/oracle [--prompts-per-batch 64 ...]
 
-Each rollout batch is used K times. After every use the accuracy is taken on held-out prompts that
+Each rollout batch is used K times. After every use (pass) the accuracy is taken on held-out prompts that
 the reported accuracy does not use. The arm `oracle` then goes back to the use at which it was
 highest (perhaps to none): a gate that knew the effect would do no better one batch ahead. The arm
 `all_uses` goes on from the last use, as fixed re-use does. The run directory is as `compare` makes
@@ -54,7 +54,8 @@ def one(arm: str, config: TrainConfig, start: WarmStart, folder: Path, tick: Any
             # After the first update of all: before it there are no moments to go back to.
             if seen[-1] > best and run.optimizer.state:
                 best, kept = seen[-1], [t.clone() for t in state(run)]
-            run.use_again()
+            for _ in range(config.mini_batches):
+                run.use_again()
             seen.append(accuracy())
         if arm == "oracle" and kept and best >= seen[-1]:
             for mine, before in zip(state(run), kept, strict=True):
@@ -76,11 +77,8 @@ def main() -> None:
     mine.add_argument("--config", required=True, metavar="TOML")
     mine.add_argument("--out", type=Path, required=True)
     mine.add_argument("--seeds", type=int, nargs="+", default=[0])
-    mine.add_argument("--learning-rate", type=float)
-    args = mine.parse_args()
-    options = ["train", "--out", str(args.out), "--gate", "off"]
-    if args.learning_rate is not None:
-        options += ["--learning-rate", str(args.learning_rate)]
+    args, settings = mine.parse_known_args()  # the rest are those of `python -m python_trainer`
+    options = ["train", "--out", str(args.out), "--gate", "off", *settings]
     shared = config_of(parser().parse_args(options), read_toml(args.config))
     console, runs, warmups = Console(), {}, {}
     configs = dict.fromkeys(("oracle", "all_uses"), shared)

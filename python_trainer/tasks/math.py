@@ -143,11 +143,15 @@ class MathTask:
     Options: `data` alone, or `rendering` ("compact" or "plain"), `dataset` (a name from RENDERINGS,
     or any but the UNUSABLE), `partial_credit` (bool), `direction` ("ascending", "descending" or
     "both"; compact number_sorting alone), and any option of the dataset's generator (with "plain",
-    `size` is how many different items there are).
+    `size` is how many different items there are). With any of them, `pool` is how many training
+    items there are, drawn once and sampled with replacement; held-out ones have no such bound.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
         options = dict(options)
+        pool = options.pop("pool", None)
+        if pool is not None and (not isinstance(pool, int) or isinstance(pool, bool) or pool < 1):
+            raise ConfigError(f"task_options.pool: expected an integer >= 1, got {pool!r}")
         if "data" in options:
             self.source: Source = Problems(options)
         else:
@@ -159,6 +163,9 @@ class MathTask:
                 )
             self.source = kinds[rendering](options)
         self.name = self.source.name
+        self.pool: list[Example] = []
+        if pool is not None:
+            self.pool = self.sample(pool, "pool")
         self.exact = isinstance(self.source, Compact) and not self.source.partial_credit
 
     def sample(self, n: int, seed: str, held_out: bool = False) -> list[Example]:
@@ -167,6 +174,8 @@ class MathTask:
         A prompt belongs to one pool by a hash of its text, so that an item that the generator
         makes twice cannot leak from one to the other.
         """
+        if self.pool and not held_out:
+            return random.Random(seed).choices(self.pool, k=n)
         draws = islice(self.source.draws(random.Random(seed)), 1000 * HELD_OUT_SHARE * n)
         in_pool = (example for example in draws if is_held_out(example.prompt) == held_out)
         examples = list(islice(in_pool, n))
