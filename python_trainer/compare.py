@@ -45,8 +45,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dgg": {"gate": "dgg"},
     "random": {"gate": "random", "match": "dgg"},
     "shuffled": {"gate": "shuffled", "match": "dgg"},
-    **{gate: {"gate": gate} for gate in ("gain", "gain_kl", "log_ratio", "kl", "chi2", "global_norm",
-                                         "middle_norm", "skip_step", "zclip")},
+    **{gate: {"gate": gate} for gate in (
+        "gain", "gain_kl", "log_ratio", "kl", "chi2", "global_norm", "middle_norm", "skip_step",
+        "zclip",
+    )},
 }  # fmt: skip
 Mirrors = Callable[[Path], "list[Callable[[Row], None]]"]
 DEFAULT_ARMS = ("single_use", "fixed_k4", "fixed_k8", "dgg", "random", "gain")

@@ -360,7 +360,8 @@ def update_row(
     and `completion_length` (tokens of the policy) are per episode, `truncated` the share that a
     limit on tokens cut. `kl` is KL(old || new) and `kl_ref` that to the warm start, nats per token,
     as `entropy`; `clip_ratio` the share of tokens whose gradient the clip cuts off; `log_ratio/*`
-    the mean of logp - old_logp over tokens of negative, or positive, advantage. `gate/reuse` counts passes from 1; `gate/energy` is the norm that the gate scored, `grad_norm` the global one
+    the mean of logp - old_logp over tokens of negative, or positive, advantage. `gate/reuse` counts
+    passes from 1; `gate/energy` is the norm that the gate scored, `grad_norm` the global one
     before clipping. `dwd/*` is ‖W_t - W_{t-1}‖ / ‖W_{t-1}‖ (0 when discarded), `dwd_total/*` that
     against W_0. `learning_rate` is this update's.
     """

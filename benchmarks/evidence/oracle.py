@@ -3,8 +3,8 @@ r"""The true effect of every update, and what the best prefix of a batch's uses 
     python -m benchmarks.evidence.oracle --config benchmarks/evidence/main.toml --seeds 0 1 \
         --out runs/oracle [--prompts-per-batch 64 ...]
 
-Each rollout batch is used K times. After every use (pass) the accuracy is taken on held-out prompts that
-the reported accuracy does not use. The arm `oracle` then goes back to the use at which it was
+Each rollout batch is used K times. After every use (pass) the accuracy is taken on held-out prompts
+that the reported accuracy does not use. The arm `oracle` then goes back to the use at which it was
 highest (perhaps to none): a gate that knew the effect would do no better one batch ahead. The arm
 `all_uses` goes on from the last use, as fixed re-use does. The run directory is as `compare` makes
 it, with a row {"type": "effect", "rollouts", "accuracies": before, after use 1, ...} a batch.
