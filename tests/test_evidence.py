@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 from trainer_toys import TINY, Digits
@@ -109,6 +110,15 @@ def test_the_best_rate_of_every_arm():
         )
     }
     assert evidence.best_rates(runs) == {"a": "0.0002", "b": "0.0001"}
+
+
+def test_signals_that_tell_little_alone_tell_more_together():
+    rng, seen = np.random.default_rng(0), []
+    for _ in range(3):
+        a, b = rng.normal(size=(2, 400))
+        seen.append({2: [(-x - y, {"a": 3 * x, "b": y + 7}) for x, y in zip(a, b, strict=True)]})
+    alone = [numbers.auc(seen, name) for name in "ab"]
+    assert max(alone) < 0.8 and numbers.combined_auc(seen) > 0.99
 
 
 def test_the_oracle_keeps_the_best_prefix(tmp_path):

@@ -15,7 +15,7 @@ from python_trainer.loop import prepare
 from python_trainer.loss import group_advantages, mask_truncated, policy_loss, token_shares
 from python_trainer.rollout import pack, play
 from python_trainer.stopping import ARMS, continue_probability
-from python_trainer.tasks import Example
+from python_trainer.tasks import Example, make_task
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +282,26 @@ def test_an_arm_with_a_limit_shuts_above_it_and_on_nan(gate, name, start):
         arm.gate.new_batch()
         arm.foresee({name: torch.tensor(value)})
         assert arm.gate.is_shut() == shut
+
+
+def test_the_gain_gate_with_a_kl_stop_has_a_bound_before_its_window_is_full(start):
+    arm = make_arm(replace(TINY, gate="gain_kl", kl_stop=0.1, gate_window=2), start.policy)
+    for kl, loss, shut in (
+        (0.05, 0.0, False), (0.2, 0.0, True), (math.nan, 0.0, True), (0.05, math.nan, True),
+    ):  # fmt: skip
+        arm.gate.new_batch()
+        arm.foresee({"kl": torch.tensor(kl), "loss": torch.tensor(loss)})
+        assert arm.gate.is_shut() == shut
+
+
+def test_a_pool_bounds_the_training_prompts_alone():
+    task = make_task("math", {"pool": 5})
+    drawn = {example.prompt for key in "abc" for example in task.sample(50, key)}
+    assert len(drawn) == 5
+    held_out = {example.prompt for example in task.sample(50, "a", held_out=True)}
+    assert len(held_out) > 40 and not held_out & drawn
+    with pytest.raises(ConfigError, match=r"task_options.pool: expected an integer >= 1, got 0"):
+        make_task("math", {"pool": 0})
 
 
 def test_shuffled_uses_are_those_of_the_other_run_in_another_order(start):
