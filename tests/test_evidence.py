@@ -118,7 +118,7 @@ def test_signals_that_tell_little_alone_tell_more_together():
         a, b = rng.normal(size=(2, 400))
         seen.append({2: [(-x - y, {"a": 3 * x, "b": y + 7}) for x, y in zip(a, b, strict=True)]})
     alone = [numbers.auc(seen, name) for name in "ab"]
-    assert max(alone) < 0.8 and numbers.combined_auc(seen) > 0.99
+    assert max(alone) < 0.9 and numbers.combined_auc(seen) > 0.99
 
 
 def test_the_oracle_keeps_the_best_prefix(tmp_path):
