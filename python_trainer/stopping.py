@@ -107,13 +107,13 @@ class GainKLGate(GainGate):
 
 
 class LogRatioGate(Arm):
-    """Shuts before the backward, when the last update lowered what it should lower by too little.
+    """Shuts before the backward, when the last update pushed bad tokens down more than usual.
 
-    Fed with the mean log-ratio of the tokens of negative advantage: one side of the gain.
+    Fed with minus the mean log-ratio of the tokens of negative advantage.
     """
 
     def foresee(self, seen: dict[str, Tensor]) -> None:
-        self.gate.foresee(seen["log_ratio/negative"])
+        self.gate.foresee(-seen["log_ratio/negative"])
 
 
 class Chi2Stop(KLStop):
