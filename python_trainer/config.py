@@ -23,7 +23,7 @@ class Score(NamedTuple):
 
 PAPERS = Score(0.5, 32, False)  # on the norm of a gradient
 # As docs/evidence.md tested them.
-SCORES = dict.fromkeys(("gain", "gain_kl", "log_ratio"), Score(0.4, 96, True))
+SCORES: dict[str, Score] = dict.fromkeys(("gain", "gain_kl", "log_ratio"), Score(0.4, 96, True))
 LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo")
 SCALES = ("group", "batch", "none")
 STATISTICS = ("increment", "level", "either")

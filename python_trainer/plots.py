@@ -27,6 +27,7 @@ STYLES = {
     "local_gain": ("Gain gate's counts, shuffled among 16", "#CC79A7", ":"),
     "shuffled_squared": ("DGG's counts, squared norm, shuffled", "#CC79A7", "-."),
     "shuffled_gain": ("Gain gate's counts, shuffled", "#CC79A7", ":"),
+    "shuffled_log_ratio": ("Log-ratio gate's counts, shuffled", "#CC79A7", "--"),
     "shuffled_kl": ("KL stop's counts, shuffled", "#CC79A7", ":"),
     "falling": ("Uses 8, 4, 2, 1", "#000000", "-."),
     "rising": ("Uses 1, 2, 4, 8", "#000000", ":"),
