@@ -79,14 +79,19 @@ def test_same_seed_same_bytes_and_replay_repeats_the_decisions(gate, parts, star
     if gate in limited:
         assert all((row[limited[gate]] > 1e-4) == row["gate/shut"] for row in updates)
         return
-    signal = "loss" if gate == "gain" else "gate/energy"
-    logged = energies([{**row, "gate/energy": row.get(signal)} for row in rows])
+    foreseen = {
+        "gain": lambda row: row["loss"],
+        "gain_kl": lambda row: row["loss"] if row["kl"] <= 1e-4 else math.nan,
+        "log_ratio": lambda row: -row["log_ratio/negative"],
+    }
+    signal = foreseen.get(gate, lambda row: row["gate/energy"])
+    logged = energies([{**row, "gate/energy": signal(row)} for row in updates])
     decisions = [d for batch in replay(logged, gate_config(config, start.policy)) for d in batch]
     assert [d.shut for d in decisions] == shut
     for decision, row in zip(decisions, updates, strict=True):
         assert decision.z == row["gate/z"] or (math.isnan(decision.z) and math.isnan(row["gate/z"]))
     for row in updates:
-        if row["gate/shut"] and gate != "gain":
+        if row["gate/shut"] and gate not in foreseen:
             assert row["dwd/lm_head"] == row["dwd/middle"] == 0.0
         elif row["gate/shut"]:  # no backward was paid for
             assert math.isnan(row["gate/energy"]) and math.isnan(row["dwd/lm_head"])
