@@ -88,24 +88,6 @@ class GainGate(Arm):
         self.gate.foresee(seen["loss"])
 
 
-class KLStop(Arm):
-    """Shuts before the backward, when KL(old || new) of the batch exceeds `kl_stop`."""
-
-    def foresee(self, seen: dict[str, Tensor]) -> None:
-        self.shut_above(self.config.kl_stop, seen["kl"])
-
-    def shut_above(self, limit: float, value: Tensor) -> None:
-        self.gate.foresee(torch.where(value <= limit, 0.0, math.nan))  # NaN always shuts
-
-
-class GainKLGate(GainGate):
-    """The gain gate, and a KL stop beside it: until its window is full, and where no clip is."""
-
-    def foresee(self, seen: dict[str, Tensor]) -> None:
-        bounded = seen["kl"] <= self.config.kl_stop
-        self.gate.foresee(torch.where(bounded, seen["loss"], math.nan))  # NaN always shuts
-
-
 class LogRatioGate(Arm):
     """Shuts before the backward, when the last update pushed bad tokens down more than usual.
 
@@ -116,11 +98,25 @@ class LogRatioGate(Arm):
         self.gate.foresee(-seen["log_ratio/negative"])
 
 
-class Chi2Stop(KLStop):
+class KLStop(Arm):
+    """Shuts before the backward, when KL(old || new) of the batch exceeds `kl_stop`."""
+
+    def foresee(self, seen: dict[str, Tensor]) -> None:
+        self.gate.foresee(within(self.config.kl_stop, seen["kl"], 0.0))
+
+
+class Chi2Stop(Arm):
     """The same with the Pearson χ² of the batch and `chi2_stop`."""
 
     def foresee(self, seen: dict[str, Tensor]) -> None:
-        self.shut_above(self.config.chi2_stop, seen["gate/chi2"])
+        self.gate.foresee(within(self.config.chi2_stop, seen["gate/chi2"], 0.0))
+
+
+class GainKLGate(Arm):
+    """The gain gate, and a KL stop beside it: until its window is full, and where no clip is."""
+
+    def foresee(self, seen: dict[str, Tensor]) -> None:
+        self.gate.foresee(within(self.config.kl_stop, seen["kl"], seen["loss"]))
 
 
 class RandomStop(Arm):
@@ -231,14 +227,13 @@ ARMS: dict[str, type[Arm]] = {
     "skip_step": SkipStep,
     "zclip": ZClip,
 }
-GATED = (
-    "dgg",
-    "gain",
-    "gain_kl",
-    "log_ratio",
-    "global_norm",
-    "middle_norm",
-)  # arms whose z-score decides
+# Arms whose z-score decides.
+GATED = ("dgg", "gain", "gain_kl", "log_ratio", "global_norm", "middle_norm")
+
+
+def within(limit: float, value: Tensor, signal: Tensor | float) -> Tensor:
+    """The signal for a gate that also shuts where `value` is above the limit, or NaN."""
+    return torch.where(value <= limit, signal, math.nan)  # NaN always shuts
 
 
 def norm_of(parameter: Tensor) -> Tensor:

@@ -17,10 +17,9 @@ def fork_to(act: Callable[[], Any]) -> int:
     child = os.fork()
     if child == 0:
         try:
-            try:
-                os._exit(act() or 0)
-            except BaseException:
-                traceback.print_exc(file=sys.__stderr__)  # `act` may have closed its own
+            os._exit(act() or 0)
+        except BaseException:
+            traceback.print_exc(file=sys.__stderr__)  # `act` may have closed its own
         finally:
             os._exit(99)
     return child

@@ -11,7 +11,8 @@ from python_trainer.config import LOSSES, SCALES, ConfigError, TrainConfig
 from python_trainer.distributed import Ranks
 from python_trainer.engine import TransformersEngine
 from python_trainer.evaluate import Evaluator
-from python_trainer.loop import prepare
+from python_trainer.files import read_metrics
+from python_trainer.loop import Progress, Run, prepare
 from python_trainer.loss import group_advantages, mask_truncated, policy_loss, token_shares
 from python_trainer.rollout import pack, play
 from python_trainer.stopping import ARMS, continue_probability
@@ -292,6 +293,26 @@ def test_the_gain_gate_with_a_kl_stop_has_a_bound_before_its_window_is_full(star
         arm.gate.new_batch()
         arm.foresee({"kl": torch.tensor(kl), "loss": torch.tensor(loss)})
         assert arm.gate.is_shut() == shut
+
+
+def test_log_ratios_by_the_sign_of_the_advantage_over_micro_batches(start, tmp_path):
+    config = replace(TINY, gate="off", num_iterations=3, micro_batch_size=5, learning_rate=1e-2)
+    run = Run(config, start, tmp_path, Progress(), print, ())
+    run.draw()
+    batch = run.batch
+    run.use_again()
+    run.use_again()
+    with torch.no_grad():
+        logp_BC = run.model(*batch.sequences.rows(slice(None)), config).out.logp
+    run.use_again()
+    run.log.close()
+    row = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    for name, chosen_B in (
+        ("negative", batch.advantage_B < 0), ("positive", batch.advantage_B > 0),
+    ):  # fmt: skip
+        chosen_BC = batch.mask_BC & chosen_B[:, None]
+        mean = (logp_BC - batch.old_logp_BC)[chosen_BC].mean().item()
+        assert row[f"log_ratio/{name}"] == pytest.approx(mean, rel=1e-3) and abs(mean) > 1e-4
 
 
 def test_a_pool_bounds_the_training_prompts_alone():

@@ -149,6 +149,7 @@ HYPOTHESES: dict[str, list[tuple[str, str, str, bool]]] = {
         *((arm, f"local_{arm}", "curve mean", False) for arm in ("dgg", "gain")),
         *((arm, other, "curve mean", False) for arm in ("gain_kl", "log_ratio")
           for other in ("gain", "kl", "dgg")),
+        ("log_ratio", "shuffled_log_ratio", "curve mean", False),
         *(("falling", other, "curve mean", False)
           for other in ("gain", "fixed_k8", "fixed_k4", "dgg", "rising")),
         *((arm, "k8_t05", "curve mean", False)  # of variants.toml
@@ -186,12 +187,12 @@ AHEAD: dict[str, Callable[[dict[str, Any], dict[str, Any]], float]] = {
     "χ²": lambda row, last: row["gate/chi2"],
     "clip share": lambda row, last: row["clip_ratio"],
     "entropy, low": lambda row, last: -row["entropy"],
-    **{
-        f"log-ratio of {sign} advantages{', increment' * increment}":
-            lambda row, last, key=f"log_ratio/{sign}", increment=increment:
-                row[key] - increment * last[key]
-        for sign in ("negative", "positive") for increment in (True, False)
-    },
+    "log-ratio of negative advantages, low": lambda row, last: -row["log_ratio/negative"],
+    "log-ratio of negative advantages, low increment":
+        lambda row, last: last["log_ratio/negative"] - row["log_ratio/negative"],
+    "log-ratio of positive advantages, low": lambda row, last: -row["log_ratio/positive"],
+    "log-ratio of positive advantages, low increment":
+        lambda row, last: last["log_ratio/positive"] - row["log_ratio/positive"],
 }  # fmt: skip
 
 

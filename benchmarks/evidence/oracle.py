@@ -72,7 +72,9 @@ def one(arm: str, config: TrainConfig, start: WarmStart, folder: Path, tick: Any
 def main() -> None:
     """Run what was asked for, seed by seed."""
     mine = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --seed is a setting
     )
     mine.add_argument("--config", required=True, metavar="TOML")
     mine.add_argument("--out", type=Path, required=True)
