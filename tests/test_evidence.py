@@ -16,8 +16,8 @@ from benchmarks.evidence import numbers, oracle, record
 from benchmarks.evidence.numbers import difference, holm
 from benchmarks.evidence.record import Run
 from python_trainer import compare
-from python_trainer.files import read_metrics
-from python_trainer.loop import prepare
+from python_trainer.files import read_metrics, updates
+from python_trainer.loop import Progress, prepare, train
 
 
 def made(arm, seed, accuracies, uses=1):
@@ -141,3 +141,27 @@ def test_the_oracle_keeps_the_best_prefix(tmp_path):
     ends = [max(effects["oracle"][0][1:]), *(max(batch) for batch in effects["oracle"][1:])]
     assert [batch[0] for batch in effects["oracle"][1:]] == pytest.approx(ends[:-1], abs=1e-6)
     assert any(end > batch[-1] for end, batch in zip(ends, effects["oracle"], strict=True))
+
+
+@pytest.mark.parametrize("grad_eps", [0.0, 0.125])
+def test_the_signals_of_gradients_are_the_runs_own_and_change_nothing_in_it(tmp_path, grad_eps):
+    # A rate that no clip acts on. Above 0, entries are drawn by a generator that the run shares.
+    changes = {"gate": "off", "num_iterations": 3, "learning_rate": 1e-5, "grad_eps": grad_eps}
+    config = replace(TINY, **changes)
+    start = prepare(config, Digits())
+    oracle.one("all_uses", config, start, tmp_path / "oracle", lambda _: None)
+    train(config, start, tmp_path / "plain", Progress())
+    rows, plain = (read_metrics(tmp_path / of / "metrics.jsonl") for of in ("oracle", "plain"))
+    tried = [row for row in rows if row["type"] == "effect"]
+    assert updates(rows) == updates(plain) and len(tried) == config.rollout_batches
+    told = [of for uses in numbers.effects(Run("all_uses", 0, rows)).values() for _, of in uses]
+    assert all("cosine of two halves of the batch, low" in of for of in told)
+    if grad_eps:
+        return
+    energies = [row["gate/energy"] for row in updates(rows)]
+    measured = [of["unclipped"] for row in tried for of in row["signals"]]
+    assert measured == pytest.approx(energies, abs=2e-6) and max(energies) > 0.01
+    for row in tried:
+        if energies[3 * row["rollouts"] - 3]:
+            assert [of["with_first"] for of in row["signals"]] == pytest.approx([1, 1, 1], abs=1e-3)
+            assert all(abs(of["of_halves"]) < 0.999 for of in row["signals"])

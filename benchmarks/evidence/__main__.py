@@ -24,7 +24,6 @@ from python_trainer.files import per_batch, updates
 from .. import common
 from . import figures, record
 from .numbers import (
-    AHEAD,
     GOAL,
     METRICS,
     SOONER,
@@ -95,7 +94,8 @@ def effects_tables(runs: Runs) -> Iterator[str]:
     yield ""
     yield "| AUC within a use index | " + " | ".join(map(label, found)) + " |"
     yield "|---" * (len(found) + 1) + "|"
-    for name in AHEAD:
+    (_, told), *_ = next(iter(found.values()))[0][uses[0]]
+    for name in told:
         yield f"| {name} | " + " | ".join(f"{auc(of, name):.3f}" for of in found.values()) + " |"
     combined = " | ".join(f"{combined_auc(of):.3f}" for of in found.values())
     yield f"| all of these, linear, fitted on the other seeds | {combined} |"

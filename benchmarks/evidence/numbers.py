@@ -194,6 +194,14 @@ AHEAD: dict[str, Callable[[dict[str, Any], dict[str, Any]], float]] = {
     "log-ratio of positive advantages, low increment":
         lambda row, last: last["log_ratio/positive"] - row["log_ratio/positive"],
 }  # fmt: skip
+# Those that `oracle` takes of gradients of its own; older records have none.
+OF_GRADIENTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], float]] = {
+    "lm_head norm without the clip": lambda row, last: row["unclipped"],
+    "lm_head norm without the clip, increment":
+        lambda row, last: row["unclipped"] - last["unclipped"],
+    "cosine with the first use's gradient, low": lambda row, last: -row["with_first"],
+    "cosine of two halves of the batch, low": lambda row, last: -row["of_halves"],
+}  # fmt: skip
 
 
 # Use index (from 2) -> change of accuracy by each update, and what was known before it.
@@ -202,13 +210,18 @@ Effects = dict[int, list[tuple[float, dict[str, float]]]]
 
 def effects(run: Run) -> Effects:
     """Of a run that recorded them (`oracle`). Of several mini-batches, the last tells of a pass."""
-    after = {r["rollouts"]: r["accuracies"] for r in run.rows if r["type"] == "effect"}
-    passes = {(row["rollouts"], row["gate/reuse"]): row for row in updates(run.rows)}
+    tried = {row["rollouts"]: row for row in run.rows if row["type"] == "effect"}
+    passes = {}
+    for row in updates(run.rows):
+        batch, use = row["rollouts"], row["gate/reuse"]
+        signals = tried[batch].get("signals")
+        passes[batch, use] = row | (signals[use - 1] if signals else {})
     found: Effects = {}
     for last, row in itertools.pairwise(passes.values()):
         if (use := row["gate/reuse"]) > 1:
-            seen = after[row["rollouts"]]
-            told = {name: signal(row, last) for name, signal in AHEAD.items()}
+            seen = tried[row["rollouts"]]["accuracies"]
+            known = AHEAD | OF_GRADIENTS if "of_halves" in row else AHEAD
+            told = {name: signal(row, last) for name, signal in known.items()}
             found.setdefault(use, []).append((seen[use] - seen[use - 1], told))
     return found
 

@@ -21,7 +21,7 @@ FOLDER = common.RESULTS / "evidence"
 KEPT = (
     "type", "step", "rollouts", "updates_applied", "reward", "loss", "kl", "entropy", "clip_ratio",
     "grad_norm", "gate/energy", "gate/z", "gate/chi2", "gate/shut", "gate/reuse", "dwd/lm_head",
-    "dwd/middle", "accuracy", "accuracies", "log_ratio/negative", "log_ratio/positive",
+    "dwd/middle", "accuracy", "accuracies", "signals", "log_ratio/negative", "log_ratio/positive",
 )  # fmt: skip
 
 
