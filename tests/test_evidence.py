@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -74,8 +75,9 @@ def test_a_record_goes_there_and_back(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "make_task", lambda name, options: Digits())
     monkeypatch.setattr(record, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(common, "ROOT", tmp_path / "here" / "benchmarks")
-    (tmp_path / "docs" / "images").mkdir(parents=True)
-    (tmp_path / "here" / "docs" / "images").mkdir(parents=True)
+    docs = tmp_path / "here" / "docs"
+    docs.mkdir(parents=True)
+    (docs / "evidence.md").write_text("![Curves](images/evidence_toy_curves.png)")
     arms = ["single_use", "dgg", "shuffled", "global_norm"]
     for seed in (0, 1):
         out = tmp_path / str(seed)
@@ -90,13 +92,47 @@ def test_a_record_goes_there_and_back(tmp_path, monkeypatch, capsys):
     mine = [row for row in runs["dgg"][1].rows if row["type"] == "update"]
     assert [row["gate/shut"] for row in mine] == [row["gate/shut"] for row in updates]
     assert mine[0]["kl"] == pytest.approx(updates[0]["kl"], rel=1e-5)
-    evidence.report("toy")
+    evidence.main(["report", "toy"])
     text = (tmp_path / "results" / "toy.md").read_text()
     assert "| Single use | 2 |" in text and "H4: DGG − DGG's counts, shuffled" in text
-    assert len(list((tmp_path / "here" / "docs" / "images").glob("evidence_toy_*.png"))) == 3
+    assert [path.name for path in docs.glob("images/*")] == ["evidence_toy_curves.png"]
+    assert len(list(docs.parent.glob("build/evidence/evidence_toy_*.png"))) == 2
     assert "| DGG | 1." in text.split("batches where it rose")[1]
     evidence.main(["times", "toy"])
     assert "| Single use | " in capsys.readouterr().out
+
+
+def test_arms_of_other_records_are_read_beside_a_records_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "FOLDER", tmp_path)
+    about = {"versions": {}, "commit": "abc", "warmups": {}}
+
+    def wrote(name, arm, seeds, beside=()):
+        folder = tmp_path / name
+        runs = [{"arm": arm, "seed": n, "seconds": {}, "finished": True} for n in seeds]
+        for n in seeds:
+            log = folder / arm / f"seed-{n}" / "metrics.jsonl"
+            log.parent.mkdir(parents=True)
+            log.write_text(f'{{"type": "eval", "rollouts": 0, "accuracy": 0.{n}}}\n')
+        (folder / "summary.json").write_text(json.dumps(about | {"runs": runs}))
+        (folder / "run.json").write_text(json.dumps({"arms": {arm: {}}, "seeds": seeds}))
+        record.write([folder], name, beside=beside)
+
+    wrote("first", "dgg", [1, 2, 3])
+    wrote("second", "gain", [2, 3, 4], [("first", ["dgg"])])
+    runs, said = record.read("second")
+    assert {arm: sorted(of) for arm, of in runs.items()} == {"dgg": [2, 3], "gain": [2, 3, 4]}
+    assert runs["dgg"][3].values == [0.3] and len(said) == 2
+    record.write([], "both", beside=[("first", ["dgg"]), ("second", ["gain"])])
+    assert sorted(record.read("both")[0]["dgg"]) == [1, 2, 3]
+    with pytest.raises(SystemExit):
+        evidence.main(["record", "--save", "x", "--beside", "first"])
+
+
+@pytest.mark.parametrize("name", record.names())
+def test_the_tables_of_a_record_are_what_it_says(name):
+    """docs/evidence.md cites them: a record and its table never part."""
+    kept = (record.FOLDER / f"{name}.md").read_text()
+    assert "\n".join(evidence.tables(name)) + "\n" == kept, "python -m benchmarks.evidence report"
 
 
 def test_the_best_rate_of_every_arm():

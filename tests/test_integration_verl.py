@@ -87,6 +87,8 @@ from dgg_kernels.integrations.verl import (  # noqa: E402
     DGGEngine,
     DGGEngineConfig,
     DGGTrainingWorker,
+)
+from dgg_kernels.integrations.verl_head import (  # noqa: E402
     linear_cross_entropy,
     use_linear_cross_entropy,
 )

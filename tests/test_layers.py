@@ -106,6 +106,8 @@ gate.new_batch()
 out = dgg_kernels.linear_logprob(torch.randn(3, 4), head, torch.arange(3), gate=gate)
 out.logp.sum().backward()
 gate.decide()
+from dgg_kernels.integrations.verl_head import linear_cross_entropy
+linear_cross_entropy(torch.randn(3, 4), head, torch.arange(3))
 """
 TRAINED = """
 from dgg_kernels.integrations.transformers import DGGCallback, patch_lm_head

@@ -3,6 +3,7 @@
     python -m python_trainer compare --config benchmarks/evidence/main.toml --out runs/main
     python -m benchmarks.evidence record runs/main --save main     # raw logs, compressed
     python -m benchmarks.evidence report main                      # tables and figures from them
+    python -m benchmarks.evidence report                           # of every record
     python -m benchmarks.evidence times timed                      # of runs on a quiet machine
 
 Several run directories (some seeds each, say, on several machines) become one record.
@@ -162,41 +163,61 @@ def best_rates(runs: Runs) -> dict[str, str]:
     return {name: max(sorted(of, key=float), key=of.__getitem__) for name, of in found.items()}
 
 
-def report(name: str) -> None:
-    """Print the tables, write them beside the record, and draw the figures."""
+def tables(name: str) -> list[str]:
+    """Every table of a record, line by line."""
     runs, about = record.read(name)
     lines = [*heading(name, about), *arms_table(runs), ""]
     if any("@" in arm for arm in runs):
         best = ", ".join(f"{label(arm)} {rate}" for arm, rate in best_rates(runs).items())
         lines += [f"Best by curve mean: {best}", ""]
     else:
-        found = verdicts(runs)
-        lines += [*verdicts_table(found), "", *effects_tables(runs), ""]
-        drawn = {
-            "curves": figures.curves(runs),
-            "intervals": figures.intervals(found),
-            "signals": figures.signals(runs),
-            "growth": figures.growth(runs),
-            "time": figures.time(runs),
-            "sensitivity": figures.sensitivity(
-                runs, {k: v for of in about for k, v in of["arms"].items()}
-            ),
-        }
-        for title, figure in drawn.items():
-            if figure is not None:
-                path = common.ROOT.parent / "docs" / "images" / f"evidence_{name}_{title}.png"
-                figure.savefig(path, metadata={"Software": None})
-                print(path)
-    say(name, [*lines, *surge_table(runs)])
+        lines += [*verdicts_table(verdicts(runs)), "", *effects_tables(runs), ""]
+    return [*lines, *surge_table(runs)]
+
+
+def draw(name: str) -> None:
+    """What figures the record has something for: in docs/images where docs/evidence.md shows them."""
+    runs, about = record.read(name)
+    if any("@" in arm for arm in runs):
+        return
+    drawn = {
+        "curves": figures.curves(runs),
+        "intervals": figures.intervals(verdicts(runs)),
+        "signals": figures.signals(runs),
+        "growth": figures.growth(runs),
+        "time": figures.time(runs),
+        "sensitivity": figures.sensitivity(
+            runs, {k: v for of in about for k, v in of["arms"].items()}
+        ),
+    }
+    page = (common.ROOT.parent / "docs" / "evidence.md").read_text()
+    for title, figure in drawn.items():
+        if figure is not None:
+            path = Path("docs", "images", f"evidence_{name}_{title}.png")
+            if f"({path.relative_to('docs')})" not in page:
+                path = Path("build", "evidence", path.name)
+            path = common.ROOT.parent / path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, metadata={"Software": None})
+            print(path)
 
 
 def heading(name: str, about: list[dict[str, Any]]) -> list[str]:
-    return [f"Record {name}: commits {', '.join(str(a['commit'])[:12] for a in about)}.", ""]
+    commits = dict.fromkeys(str(of["commit"])[:12] for of in about)
+    return [f"Record {name}: commits {', '.join(commits)}.", ""]
 
 
 def say(name: str, lines: list[str]) -> None:
     (record.FOLDER / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def arms_of(text: str) -> tuple[str, list[str]]:
+    """RECORD:ARM,ARM as the two parts."""
+    name, _, arms = text.partition(":")
+    if not arms:
+        raise argparse.ArgumentTypeError(f"expected RECORD:ARM,ARM, got {text!r}")
+    return name, arms.split(",")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -206,16 +227,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     recorded = commands.add_parser("record", help="raw logs of run directories into one file")
-    recorded.add_argument("folders", nargs="+", type=Path)
+    recorded.add_argument("folders", nargs="*", type=Path)
     recorded.add_argument("--save", required=True, metavar="NAME")
     recorded.add_argument("--arms", nargs="+", default=(), help="these alone (default: all)")
-    commands.add_parser("report", help="tables and figures of a record").add_argument("name")
+    recorded.add_argument(
+        "--beside", nargs="+", default=(), type=arms_of, metavar="RECORD:ARM,...",
+        help="arms of other records to compare with",
+    )  # fmt: skip
+    reported = commands.add_parser("report", help="tables and figures of records")
+    reported.add_argument("names", nargs="*", help="default: all there are")
     commands.add_parser("times", help="wall-clock times of a record").add_argument("name")
     args = parser.parse_args(argv)
     if args.command == "record":
-        print(record.write(args.folders, args.save, args.arms))
+        print(record.write(args.folders, args.save, args.arms, args.beside))
     elif args.command == "report":
-        report(args.name)
+        for name in args.names or record.names():
+            say(name, tables(name))
+            draw(name)
     else:
         runs, about = record.read(args.name)
         say(f"{args.name}_times", [*heading(args.name, about), *times_table(runs)])

@@ -54,11 +54,25 @@ class Run:
 Runs = dict[str, dict[int, Run]]  # arm -> seed -> run
 
 
-def write(folders: Sequence[Path], name: str, arms: Sequence[str] = ()) -> Path:
-    """Write the finished runs of these directories (of these arms) as one compressed file."""
+def write(
+    folders: Sequence[Path],
+    name: str,
+    arms: Sequence[str] = (),
+    beside: Sequence[tuple[str, list[str]]] = (),
+) -> Path:
+    """Write the finished runs of these directories as one compressed file.
+
+    Args:
+        folders: run directories.
+        name: of the record.
+        arms: these alone (default: all).
+        beside: other records, and arms of theirs to compare with; `read` finds them there.
+    """
     path = FOLDER / f"{name}.jsonl.xz"
     path.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(path, "wt", preset=6) as file:
+        for other, theirs in beside:
+            file.write(json.dumps({"type": "beside", "record": other, "arms": theirs}) + "\n")
         for folder in folders:
             summary = json.loads((folder / "summary.json").read_text())
             about = {key: summary[key] for key in ("versions", "commit", "warmups")}
@@ -85,21 +99,38 @@ def _short(value: Any) -> Any:
 
 
 def read(name: str) -> tuple[Runs, list[dict[str, Any]]]:
-    """The runs of a record, and what each of its directories says of itself."""
-    about, logs, rows = [], [], []
+    """The runs of a record, and what each of its directories says of itself.
+
+    With the arms of other records that it names, in the seeds that its own runs have, if any.
+    """
+    about, logs, beside, rows = [], [], [], []
     with lzma.open(FOLDER / f"{name}.jsonl.xz", "rt") as file:
         for row in map(decoded, file):
             if row["type"] == "about":
                 about.append(row)
+            elif row["type"] == "beside":
+                beside.append(row)
             elif row["type"] == "run":
                 rows = []
                 logs.append((row["arm"], row["seed"], rows, row.get("seconds", {})))
             else:
                 rows.append(row)
+    seeds = {seed for _, seed, *_ in logs}
     runs: Runs = {}
+    for other in beside:
+        theirs, said = read(other["record"])
+        about += said
+        for arm in other["arms"]:
+            found = {seed: run for seed, run in theirs[arm].items() if not seeds or seed in seeds}
+            runs[arm] = runs.get(arm, {}) | found
     for arm, seed, *of in logs:
         runs.setdefault(arm, {})[seed] = Run(arm, seed, *of)
     return runs, about
+
+
+def names() -> list[str]:
+    """Of all records."""
+    return sorted(path.name.removesuffix(".jsonl.xz") for path in FOLDER.glob("*.jsonl.xz"))
 
 
 def label(arm: str) -> str:

@@ -1,4 +1,4 @@
-"""verl: this package's head in place of its fused one, and the gate in its FSDP2 engine.
+"""verl: the gate in its FSDP2 engine, and this package's head in the place of its fused one.
 
 Importing this module registers the engine and the worker, as verl's own modules do with theirs.
 """
@@ -8,17 +8,13 @@ Importing this module registers the engine and the worker, as verl's own modules
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
@@ -29,78 +25,12 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
-from dgg_kernels import GateConfig, GradientGate, linear_logprob
-from dgg_kernels.distributed import vocab_parallel_logprob
+from dgg_kernels import GateConfig, GradientGate
+
+from .verl_head import use_linear_cross_entropy
 
 GATE_FILE = "dgg_gate.pt"  # beside verl's own files in a checkpoint
 _DERIVED = ("max_reuse", "mini_batches", "accumulate")
-
-
-# -- head -----------------------------------------------------------------------------------------
-
-
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    temperature: float = 1.0,
-    reduction: str = "none",
-    dist_process_group: dist.ProcessGroup | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """verl's `linear_cross_entropy`: log-probs and entropies of N tokens, without their logits.
-
-    Args:
-        hidden: [..., D], N rows.
-        weight: [V, D]; with a process group this rank's V / ranks rows of it, in rank order.
-        labels: [...], int64. -100 gives zeros.
-        temperature: divides the logits.
-        reduction: "none", "sum" or "mean" of the log-probs over all rows. Entropies stay per row.
-        dist_process_group: the ranks that share the vocabulary. The gradient of `hidden` is then
-            this rank's part, to be summed over the group by the caller, as with verl's kernel.
-        options: of `linear_logprob`: gate, grad_eps, screen. With a process group: grad_eps.
-
-    Returns:
-        Log-probs, [N] or 0-dim, and entropies [N], fp32.
-
-    Raises:
-        ValueError: another reduction; or as `linear_logprob`.
-    """
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"reduction: expected 'none', 'sum' or 'mean', got {reduction!r}")
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    options["temperature"] = temperature
-    if dist_process_group is None:
-        out = linear_logprob(hidden, weight, labels, **options)
-    else:
-        ranks, rank = dist.get_world_size(dist_process_group), dist.get_rank(dist_process_group)
-        if hidden.requires_grad:
-            hidden = hidden.view_as(hidden)
-            hidden.register_hook(lambda grad: grad / ranks)  # is summed here already
-        out = vocab_parallel_logprob(
-            hidden, weight, labels, rank * weight.shape[0], group=dist_process_group, **options
-        )
-    logp = out.logp if reduction == "none" else getattr(out.logp, reduction)()
-    return logp, out.entropy
-
-
-def use_linear_cross_entropy(**options: Any) -> ExitStack:
-    """Put `linear_cross_entropy` in place of verl's, for what imports it from now on.
-
-    verl's FSDP forwards import it at each call (`use_fused_kernels`, `impl_backend=triton`), its
-    Megatron ones when their module is imported.
-
-    Args:
-        options: of `linear_logprob`: gate, grad_eps, screen.
-
-    Returns:
-        `.close()`, or the end of a `with` block, puts back what was there.
-    """
-    module: Any = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
-    undo = ExitStack()
-    undo.callback(setattr, module, "linear_cross_entropy", module.linear_cross_entropy)
-    module.linear_cross_entropy = functools.partial(linear_cross_entropy, **options)
-    return undo
 
 
 # -- configuration --------------------------------------------------------------------------------

@@ -1,0 +1,164 @@
+"""verl's own tests of its fused head, with this package's in its place.
+
+    python tests/verl_own_tests.py CHECKOUT [--save NAME]
+    torchrun --nproc_per_node 2 tests/verl_own_tests.py CHECKOUT --parallel [--save NAME]
+
+CHECKOUT is a folder with verl's `tests/utils`, which its wheel and sdist do not ship; of verl
+itself `verl.utils` is enough, with what it imports: torch, transformers, tensordict. On a GPU the
+tests run as they are, in bf16. Without one the CPU stands in for "cuda", in fp32; cases other than
+FULL then have fewer rows and a quarter of the vocabulary. `--parallel` shares the vocabulary over
+the ranks, 1/16 of it each: those tests' own LOW_MEMORY. What ran on what, and how it ended, goes
+into a record beside the benchmarks'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+import time
+import types
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import common
+from dgg_kernels.integrations.verl_head import use_linear_cross_entropy
+
+CASES = range(5)
+FULL = 2  # the case that a CPU can run whole
+ON_GPU = torch.cuda.is_available()
+CREATING = ("empty", "zeros", "randint")
+
+
+def import_verl() -> None:
+    """`verl.utils` without the packages around it, which want ray and more."""
+    spec = importlib.util.find_spec("verl")
+    if spec is None:
+        sys.exit("verl is not installed: pip install --no-deps verl==0.9.0")
+    for name, below in (("verl", ""), ("verl.utils", "utils"), ("verl.plugin", "plugin")):
+        package: Any = types.ModuleType(name)
+        package.__path__ = [str(Path(f) / below) for f in spec.submodule_search_locations or ()]
+        sys.modules[name] = package
+
+
+def on_the_cpu(create: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch that makes a tensor: of fp32, on the CPU, whatever is asked for."""
+
+    def created(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        if kwargs.get("dtype") is torch.bfloat16:
+            kwargs["dtype"] = torch.float32
+        return create(*args, **kwargs)
+
+    return created
+
+
+def pretend() -> None:
+    """The CPU in the place of "cuda", for those tests' own calls; times and memory read 0."""
+    for name in CREATING:
+        setattr(torch, name, on_the_cpu(getattr(torch, name)))
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda _: 0.0)
+    torch.cuda.Event = lambda **_: event  # type: ignore[assignment]
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize", "set_device"):
+        setattr(torch.cuda, name, lambda *_: None)
+    torch.cuda.max_memory_allocated = lambda *_: 0  # type: ignore[assignment]
+    begin = dist.init_process_group
+    dist.init_process_group = lambda backend: begin("gloo")  # type: ignore[assignment]
+
+
+def load(checkout: Path, name: str) -> Any:
+    path = checkout / "tests" / "utils" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def smaller(test: Any, rows: int, share: int) -> None:
+    """Bound its rows and divide its vocabulary, where the CPU stands in."""
+    whole = test.generate_hyper
+
+    def hyper() -> None:
+        whole()
+        test.dtype = test.dtype if ON_GPU else torch.float32
+        if not ON_GPU and test.test_case_idx != FULL:
+            test.num_tokens = min(rows, test.num_tokens)
+            test.vocab_size //= share
+
+    test.generate_hyper = hyper
+
+
+def attempt(record: list[dict[str, Any]], name: str, test: Any, run: Callable[[], None]) -> None:
+    began, result = time.perf_counter(), "passed"
+    try:
+        run()
+    except AssertionError as error:
+        result = f"failed: {' '.join(str(error).split())[:500]}"
+    shape = [getattr(test, size, None) for size in ("num_tokens", "hidden_size", "vocab_size")]
+    row = {"test": name, "rows, features, vocabulary": shape, "result": result,
+           "dtype": str(getattr(test, "dtype", "")),
+           "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
+    record.append(row)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(row, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--parallel", action="store_true", help="the vocabulary over the ranks")
+    parser.add_argument("--grad-eps", type=float, default=0.0, help="of our head (default: exact)")
+    parser.add_argument("--save", metavar="NAME")
+    args = parser.parse_args()
+    os.environ.setdefault("LOW_MEMORY", "1")
+    import_verl()
+    if not ON_GPU:
+        pretend()
+    use_linear_cross_entropy(grad_eps=args.grad_eps)
+    rounds = 5 if ON_GPU else 2  # the first is not timed
+    record: list[dict[str, Any]] = []
+    if args.parallel:
+        test = load(
+            args.checkout, "test_special_linear_cross_entropy_tp"
+        ).TestLinearCrossEntropy_TensorParallel()
+        smaller(test, 256, 1)
+        for case in CASES:
+            test.initialize(case)
+            run = partial(test.verify_kernel_correctness, rounds)
+            attempt(record, f"vocabulary-parallel case {case}", test, run)
+        ranks, first = test.world_size, test.local_rank == 0
+        test.shutdown()
+    else:
+        ranks, first, module = 1, True, load(args.checkout, "test_linear_cross_entropy")
+        for case in CASES:
+            test = module.TestLinearCrossEntropy(case)
+            smaller(test, 256, 4)
+            attempt(record, f"case {case}", test, partial(test.verify_correctness, rounds))
+        with mock.patch.object(torch.cuda, "is_available", lambda: True):
+            attempt(record, "padded vocabulary", None, module.test_lce_non_divisible_vocab_padding)
+    passed = sum(row["result"] == "passed" for row in record)
+    if first:
+        print(f"{passed} of {len(record)} passed")
+    if first and args.save:
+        stamp = common.stamp(torch.device("cuda" if ON_GPU else "cpu"), torch.get_num_threads())
+        made = {"stamp": stamp, "ranks": ranks, "grad_eps": args.grad_eps, "tests": record}
+        print(common.save(args.save, made))
+    return int(passed < len(record))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
