@@ -176,7 +176,7 @@ def tables(name: str) -> list[str]:
 
 
 def draw(name: str) -> None:
-    """What figures the record has something for: in docs/images where docs/evidence.md shows them."""
+    """What the record has figures for: in docs/images where docs/evidence.md shows them."""
     runs, about = record.read(name)
     if any("@" in arm for arm in runs):
         return
