@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 from dataclasses import replace
 
@@ -17,6 +18,8 @@ from benchmarks.evidence import numbers, oracle, record
 from benchmarks.evidence.numbers import difference, holm
 from benchmarks.evidence.record import Run
 from python_trainer import compare
+from python_trainer.__main__ import config_of, parser, plan_of, read_toml
+from python_trainer.config import TrainConfig
 from python_trainer.files import read_metrics, updates
 from python_trainer.loop import Progress, prepare, train
 
@@ -133,6 +136,30 @@ def test_the_tables_of_a_record_are_what_it_says(name):
     """docs/evidence.md cites them: a record and its table never part."""
     kept = (record.FOLDER / f"{name}.md").read_text()
     assert "\n".join(evidence.tables(name)) + "\n" == kept, "python -m benchmarks.evidence report"
+
+
+@pytest.mark.parametrize("name", record.names())
+def test_a_record_says_how_to_make_it_again(name, tmp_path):
+    toml = tmp_path / "again.toml"
+    toml.write_text(record.settings(name))
+    file = read_toml(str(toml))
+    args = parser().parse_args(["compare", "--config", str(toml), "--out", str(tmp_path)])
+    if not file.get("arms"):
+        assert name == "variants_ten"  # it holds other records' runs alone
+        return
+    again = plan_of(args, file, config_of(args, file))
+    with lzma.open(record.FOLDER / f"{name}.jsonl.xz", "rt") as lines:
+        about = [json.loads(line) for line in lines if line.startswith('{"type": "about"')]
+    arms = {arm: TrainConfig(**values) for row in about for arm, values in row["arms"].items()}
+    assert again.arms.keys() == arms.keys()
+    for arm, config in arms.items():
+        counts = tuple(config.use_counts)
+        assert replace(again.arms[arm], seed=0, use_counts=counts) == replace(
+            config, seed=0, use_counts=counts
+        )
+        assert tuple(again.arms[arm].use_counts) == counts or arm in again.match
+    assert again.match == {k: v for row in about for k, v in row.get("match", {}).items()}
+    assert again.seeds == sorted({seed for row in about for seed in row["seeds"]})
 
 
 def test_the_best_rate_of_every_arm():

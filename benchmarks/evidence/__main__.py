@@ -6,6 +6,11 @@
     python -m benchmarks.evidence report                           # of every record
     python -m benchmarks.evidence times timed                      # of runs on a quiet machine
 
+To make a record's runs again, with all settings as they were (every record holds them):
+
+    python -m benchmarks.evidence settings alfworld > again.toml
+    python -m python_trainer compare --config again.toml --out runs/again
+
 Several run directories (some seeds each, say, on several machines) become one record.
 """
 
@@ -236,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     reported = commands.add_parser("report", help="tables and figures of records")
     reported.add_argument("names", nargs="*", help="default: all there are")
+    commands.add_parser("settings", help="TOML to run a record again with").add_argument("name")
     commands.add_parser("times", help="wall-clock times of a record").add_argument("name")
     args = parser.parse_args(argv)
     if args.command == "record":
@@ -244,6 +250,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in args.names or record.names():
             say(name, tables(name))
             draw(name)
+    elif args.command == "settings":
+        print(record.settings(args.name), end="")
     else:
         runs, about = record.read(args.name)
         say(f"{args.name}_times", [*heading(args.name, about), *times_table(runs)])

@@ -6,10 +6,11 @@ import json
 import lzma
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from python_trainer.config import TrainConfig
 from python_trainer.files import decoded, read_metrics
 from python_trainer.plots import style
 from python_trainer.results import last_quarter
@@ -126,6 +127,35 @@ def read(name: str) -> tuple[Runs, list[dict[str, Any]]]:
     for arm, seed, *of in logs:
         runs.setdefault(arm, {})[seed] = Run(arm, seed, *of)
     return runs, about
+
+
+def settings(name: str) -> str:
+    """The TOML file with which `compare --config` makes a record's own runs again.
+
+    Every arm in every seed, which is more than was run where its directories differ.
+    """
+    with lzma.open(FOLDER / f"{name}.jsonl.xz", "rt") as file:
+        about = [row for row in map(decoded, file) if row["type"] == "about"]
+    default = asdict(TrainConfig())
+    arms = {arm: default | values for row in about for arm, values in row["arms"].items()}
+    match = {arm: other for row in about for arm, other in row.get("match", {}).items()}
+    first = next(iter(arms.values()), default)
+    shared = {k for k, value in first.items() if all(of[k] == value for of in arms.values())}
+    lines = [f"seeds = {sorted({seed for row in about for seed in row['seeds']})}"]
+    lines += [_toml(k, first[k]) for k in default if k in shared and first[k] != default[k]]
+    for arm, of in arms.items():
+        lines += ["", f"[arms.{json.dumps(arm)}]"]
+        for k in default:  # the first two may be another's where `compare` has an arm of this name
+            if k in ("gate", "num_iterations") or (k not in shared and of[k] != default[k]):
+                lines.append(_toml(k, of[k]))
+        lines += [_toml("match", match[arm])] if arm in match else []
+    return "\n".join(lines) + "\n"
+
+
+def _toml(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{key} = {{ {', '.join(_toml(k, v) for k, v in value.items())} }}"
+    return f"{key} = {json.dumps(value)}"  # what a setting may be reads alike in both
 
 
 def names() -> list[str]:
