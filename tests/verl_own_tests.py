@@ -134,7 +134,7 @@ def main() -> int:
         stand_in = {} if ON_GPU else {"backend": "gloo"}
         with mock.patch.object(dist, "init_process_group", lambda **kw: begin(**kw | stand_in)):
             test = module.TestLinearCrossEntropy_TensorParallel()
-        smaller(test, 256, 1)
+        smaller(test, 64, 1)
         for case in CASES:
             test.initialize(case)
             run = partial(test.verify_kernel_correctness, rounds)
@@ -151,7 +151,7 @@ def main() -> int:
             )
         for case in CASES:
             test = module.TestLinearCrossEntropy(case)
-            smaller(test, 256, 4)
+            smaller(test, 64, 4)
             attempt(record, f"case {case}", test, partial(test.verify_correctness, rounds))
         attempt(record, "padded vocabulary", None, module.test_lce_non_divisible_vocab_padding)
     passed = sum(row["result"] == "passed" for row in record)

@@ -150,6 +150,8 @@ HYPOTHESES: dict[str, list[tuple[str, str, str, bool]]] = {
         *((arm, other, "curve mean", False) for arm in ("gain_kl", "log_ratio")
           for other in ("gain", "kl", "dgg")),
         ("log_ratio", "shuffled_log_ratio", "curve mean", False),
+        *((f"{arm}_w32", other, "curve mean", False) for arm in ("gain", "gain_kl")
+          for other in (arm, "dgg")),
         *(("falling", other, "curve mean", False)
           for other in ("gain", "fixed_k8", "fixed_k4", "dgg", "rising")),
         *((arm, "k8_t05", "curve mean", False)  # of variants.toml
