@@ -372,6 +372,8 @@ def test_smollm2_with_rewards_of_reasoning_gym(smollm2, tmp_path):
     assert len(stock.scores) == 8 and len(stock.rows) == 5
     ours = SmolLM2(smollm2, tmp_path, DGGTrainer, gate=NEVER, **exact).train()
     assert_same_run(stock, ours)
+    assert all(row["gate/energy"] > 0 for row in ours.rows)
+    assert [row["gate/reuse"] for row in ours.rows] == [1, 2, 3, 1, 2]
     before = dict(smollm2[0].named_parameters())
     moved = [(weight - before[name]).detach().abs().max() for name, weight in ours.weights.items()]
     assert max(moved) > 1e-5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import assert_as_good_as_torch, error
+from tolerance import error
 
 from benchmarks.common import exact_gradients
 from benchmarks.rows import real_rows
@@ -31,14 +31,6 @@ def first(rows, n):
     return rows._replace(hidden=rows.hidden[:n], target=rows.target[:n], lse=rows.lse[:n])
 
 
-def eager(rows, c, dtype):
-    """d_hidden, d_weight and log-probs by autograd over logits of this dtype."""
-    hidden, weight = (t.clone().to(dtype).requires_grad_() for t in (rows.hidden, rows.weight))
-    logp = torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, rows.target[:, None])[:, 0]
-    (logp * c).sum().backward()
-    return hidden.grad, weight.grad, logp
-
-
 def test_errors_beside_those_of_16_bit_logits(rows):
     """d_hidden, d_weight within 5e-3, the norm within 2e-4: far closer than bf16 logits get."""
     c = torch.randn(1024, generator=torch.Generator().manual_seed(0))
@@ -47,15 +39,17 @@ def test_errors_beside_those_of_16_bit_logits(rows):
     assert error(mine[0], d_hidden) < 5e-3
     assert error(mine[1], d_weight) < 5e-3
     assert abs(mine[1].double().norm() / d_weight.norm() - 1) < 2e-4
-    # The rows are sampled anew on every machine, so what fp32 can do is asked of torch.
-    plain = eager(rows, c, torch.float32)
+    assert error(mine[2], logp) < 2e-6  # fp32: torch's own product is off by as much
     exact = gradients(rows, c, seed=0, grad_eps=0.0)
-    assert_as_good_as_torch(mine[2], plain[2], logp, "logp")
-    assert_as_good_as_torch(exact[0], plain[0], d_hidden, "d_hidden")
-    assert_as_good_as_torch(exact[1], plain[1], d_weight, "d_weight")
+    # Of rows that each machine samples anew: 1.8e-6 to 2.3e-6 seen, and 1e-5 to 2e-5 of torch.
+    assert error(exact[0], d_hidden) < 3e-6 and error(exact[1], d_weight) < 3e-6
     # What most trainers do today, on the same rows.
-    half = eager(rows, c, torch.bfloat16)
-    assert error(half[1], d_weight) > 2 * error(mine[1], d_weight)
+    half = [t.bfloat16().requires_grad_() for t in (rows.hidden, rows.weight)]
+    logits = half[0] @ half[1].T
+    (
+        torch.log_softmax(logits.float(), -1).gather(1, rows.target[:, None])[:, 0] * c
+    ).sum().backward()
+    assert error(half[1].grad, d_weight) > 2 * error(mine[1], d_weight)
 
 
 def test_unbiased(rows):

@@ -14,12 +14,10 @@ into a record beside the benchmarks'.
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import os
 import sys
 import time
-import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,22 +30,12 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import common
+from benchmarks.peers import PEERS, import_peer
 from dgg_kernels.integrations.verl_head import use_linear_cross_entropy
 
 CASES = range(5)
 FULL = 2  # the case that a CPU can run whole
 ON_GPU = torch.cuda.is_available()
-
-
-def import_verl() -> None:
-    """`verl.utils` without the packages around it, which want ray and more."""
-    spec = importlib.util.find_spec("verl")
-    if spec is None:
-        sys.exit("verl is not installed: pip install --no-deps verl==0.9.0")
-    for name, below in (("verl", ""), ("verl.utils", "utils"), ("verl.plugin", "plugin")):
-        package: Any = types.ModuleType(name)
-        package.__path__ = [str(Path(f) / below) for f in spec.submodule_search_locations or ()]
-        sys.modules[name] = package
 
 
 def on_the_cpu(create: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,7 +112,7 @@ def main() -> int:
     parser.add_argument("--save", metavar="NAME")
     args = parser.parse_args()
     os.environ.setdefault("LOW_MEMORY", "1")
-    import_verl()
+    import_peer(PEERS["verl"][1])  # without the packages around it, which want ray and more
     use_linear_cross_entropy(grad_eps=args.grad_eps)
     rounds = 5 if ON_GPU else 2  # the first is not timed
     record: list[dict[str, Any]] = []

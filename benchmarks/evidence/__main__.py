@@ -168,26 +168,24 @@ def best_rates(runs: Runs) -> dict[str, str]:
     return {name: max(sorted(of, key=float), key=of.__getitem__) for name, of in found.items()}
 
 
-def tables(name: str) -> list[str]:
+def tables(name: str, runs: Runs, about: list[dict[str, Any]], found: Found) -> list[str]:
     """Every table of a record, line by line."""
-    runs, about = record.read(name)
     lines = [*heading(name, about), *arms_table(runs), ""]
     if any("@" in arm for arm in runs):
         best = ", ".join(f"{label(arm)} {rate}" for arm, rate in best_rates(runs).items())
         lines += [f"Best by curve mean: {best}", ""]
     else:
-        lines += [*verdicts_table(verdicts(runs)), "", *effects_tables(runs), ""]
+        lines += [*verdicts_table(found), "", *effects_tables(runs), ""]
     return [*lines, *surge_table(runs)]
 
 
-def draw(name: str) -> None:
+def draw(name: str, runs: Runs, about: list[dict[str, Any]], found: Found) -> None:
     """What the record has figures for: in docs/images where docs/evidence.md shows them."""
-    runs, about = record.read(name)
     if any("@" in arm for arm in runs):
         return
     drawn = {
         "curves": figures.curves(runs),
-        "intervals": figures.intervals(verdicts(runs)),
+        "intervals": figures.intervals(found),
         "signals": figures.signals(runs),
         "growth": figures.growth(runs),
         "time": figures.time(runs),
@@ -248,8 +246,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(record.write(args.folders, args.save, args.arms, args.beside))
     elif args.command == "report":
         for name in args.names or record.names():
-            say(name, tables(name))
-            draw(name)
+            runs, about = record.read(name)
+            found = verdicts(runs)
+            say(name, tables(name, runs, about, found))
+            draw(name, runs, about, found)
     elif args.command == "settings":
         print(record.settings(args.name), end="")
     else:
