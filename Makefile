@@ -78,7 +78,7 @@ format: install  ## ruff and clang-format, in place
 	$(VENV)/bin/clang-format -i $(CSRC)
 
 COVER := OMP_NUM_THREADS=1 $(RUN) -m coverage run -m pytest -n 2
-coverage: install  ## coverage by make test's tests: branches of Python (Triton in the interpreter), lines of C++
+coverage: install  ## by make test's tests: branches of Python (Triton in the interpreter), lines of C++; to build/coverage.json
 	rm -rf build/coverage
 	$(COVER) --ignore=tests/test_packaging.py --ignore=tests/test_cuda_sources.py
 	TRITON_INTERPRET=1 $(COVER) tests/test_triton_kernels.py -W ignore::RuntimeWarning
@@ -92,7 +92,10 @@ coverage: install  ## coverage by make test's tests: branches of Python (Triton 
 	cd build/covered && OMP_NUM_THREADS=2 $(abspath $(RUN)) -m pytest -p no:cacheprovider $(OF_OPS)
 	$(RUN) -m pip install -q -c constraints.txt gcovr
 	@# Branches of C++ are not counted: of each check, the compiler makes several that throw.
-	cd build/covered && $(abspath $(RUN)) -m gcovr --merge-lines --filter csrc --fail-under-line 90
+	cd build/covered && $(abspath $(RUN)) -m gcovr --merge-lines --filter csrc --fail-under-line 90 \
+	    --txt - --json-summary $(abspath build/coverage/cpp.json)
+	$(RUN) -m coverage json -q -o build/coverage/python.json
+	DGG_RESULTS=build $(RUN) tests/coverage_record.py build/coverage/python.json build/coverage/cpp.json coverage
 
 lock: install  ## requirements.lock anew: constraints.txt's versions, else the newest, with hashes
 	$(RUN) -m pip install -q -c constraints.txt uv

@@ -1,19 +1,24 @@
 """TRL's own GRPO tests with DGGTrainer in GRPOTrainer's place, offline.
 
-`python tests/trl_own_tests.py CHECKOUT [--stock] [pytest's arguments]`, where CHECKOUT is a folder
-with TRL's `tests/` (its wheel and sdist do not ship them). The tiny models and the data set that
-they take from the hub are stood in for by random ones of the same architecture, so that what a test
-asks of other models, images, chat templates with tools, or the hub itself fails: run `--stock`
-first, and compare.
+    python tests/trl_own_tests.py CHECKOUT [--stock] [--save NAME] [pytest's arguments]
+
+CHECKOUT is a folder with TRL's `tests/`, which its wheel and sdist do not ship. The tiny models and
+the data set that they take from the hub are stood in for by random ones of the same architecture,
+so that what a test asks of other models, images, chat templates with tools, or the hub itself
+fails: run `--stock` too, with TRL's own trainer, and compare. How every case ended goes into a
+record beside the benchmarks'.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 SHAPE = dict(
     hidden_size=8, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -82,29 +87,67 @@ def load_dataset(name: str, config: str = "", split: str | None = None, **_: Any
     return made[split] if split else DatasetDict(made)
 
 
-def main(checkout: str, *arguments: str) -> int:
+class Outcomes:
+    """pytest's plugin: how every case ended, and why where it did not pass."""
+
+    def __init__(self) -> None:
+        self.cases: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when != "call" and report.passed:
+            return
+        why = ""
+        if report.failed:
+            why = getattr(getattr(report.longrepr, "reprcrash", None), "message", "")
+        elif report.skipped:
+            why = report.longrepr[2]
+        line = f": {why.splitlines()[0][:200]}" if why else ""
+        self.cases[report.nodeid.split("::", 1)[1]] = report.outcome + line
+
+
+def main() -> int:
     """Run them; pytest's exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--stock", action="store_true", help="with TRL's own trainer")
+    parser.add_argument("--save", metavar="NAME")
+    args, passed_on = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"HF_HUB_CACHE": folder, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         import datasets
         import pytest
+        import torch
         import trl
         from trl import import_utils
+
+        from benchmarks import common
+        from dgg_kernels.integrations.trl import DGGTrainer
 
         # The newest checkout at hand was of TRL 1.10, whose tests ask for it.
         vars(import_utils).setdefault("is_joblib_available", lambda: False)
         make_hub(Path(folder))
         datasets.load_dataset = load_dataset
-        if "--stock" not in arguments:
-            from dgg_kernels.integrations.trl import DGGTrainer
-
+        if not args.stock:
             trl.GRPOTrainer = DGGTrainer
-        passed_on = [a for a in arguments if a != "--stock"]
-        os.chdir(checkout)
-        return pytest.main(
-            ["tests/test_grpo_trainer.py", "-q", "-p", "no:cacheprovider", *passed_on]
+        os.chdir(args.checkout)
+        outcomes = Outcomes()
+        code = pytest.main(
+            ["tests/test_grpo_trainer.py", "-q", "-p", "no:cacheprovider", *passed_on],
+            plugins=[outcomes],
         )
+    if args.save:
+        ended = [how.split(":")[0] for how in outcomes.cases.values()]
+        record = {
+            "stamp": common.stamp(torch.device("cpu")),
+            "trainer": trl.GRPOTrainer.__name__,
+            "counts": {how: ended.count(how) for how in ("passed", "failed", "skipped")},
+            "tests": outcomes.cases,
+        }
+        print(common.save(args.save, record))
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())
