@@ -32,6 +32,8 @@ from .rows import ENTROPIES, GRAD_EPS, HEADS, Head, Rows, dense_rows, real_rows
 
 BARE = "bare product"
 DENSE = "dense"
+# A screen whose copy of the weight is not made within the time measured.
+AT_HAND = ", codes at hand"
 # Error of our own results against fp64 that is let pass: exact, and with the random tail.
 ALLOWED = {torch.float32: (1e-4, 5e-3), torch.bfloat16: (5e-3, 8e-3)}
 # Beyond this a peer computes something else: its speed says nothing.
@@ -83,11 +85,18 @@ def allowed(name: str, of: Setting, rows: Rows, grad_eps: float = GRAD_EPS) -> f
     return 2 * math.sqrt(max(grad_eps, 4 / 256) if rows.hidden.is_cuda else grad_eps)
 
 
-def variant(peer: peers.Peer, rows: Rows, c: Tensor) -> Callable[[], common.Phases]:
-    """One forward and backward of sum(c logp), the gradients of hidden and weight included."""
+def variant(
+    peer: peers.Peer, rows: Rows, c: Tensor, written: bool = True
+) -> Callable[[], common.Phases]:
+    """One forward and backward of sum(c logp), the gradients of hidden and weight included.
+
+    `written`: the weight is as after an optimizer's step, so that a screen makes its copy anew.
+    """
     hidden, weight = (t.detach().requires_grad_() for t in (rows.hidden, rows.weight))
 
     def run(keep_gradients: bool = False) -> common.Phases:
+        if written:
+            torch.autograd.graph.increment_version(weight)
         kept: list[Tensor] = []
         phases = common.timed(
             hidden.device,
@@ -130,7 +139,8 @@ def variants(
     if options:
         found[base] = partial(mine, **options)
     for screen in ("int8", "fp8") if device == "cuda" else ("int8",):
-        found[f"{base}, screen {screen}"] = partial(mine, **options, screen=screen)
+        for copy in ("", AT_HAND):
+            found[f"{base}, screen {screen}{copy}"] = partial(mine, **options, screen=screen)
     if args.peers is not None:
         found = {name: peer for name, peer in found.items() if name in args.peers}
         missing = {name: why for name, why in missing.items() if name in args.peers}
@@ -179,7 +189,7 @@ def measure(args: argparse.Namespace, of: Setting, console: Console) -> dict[str
         }
         for name, (peer, grad_eps) in found.items():
             progress.update(task, description=f"check {name}")
-            run = variant(peer, rows, c)
+            run = variant(peer, rows, c, written=AT_HAND not in name)
             try:
                 checked = errors(run, peer, rows, exact)
             except Exception as error:  # a peer that fails is reported, not fatal
