@@ -31,10 +31,20 @@ inline void check_plain(const Tensor& t, ScalarType dtype, std::initializer_list
                   ": expected another dtype or shape, or a contiguous tensor on the CPU");
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  if (a.is_cpu() || b.is_cpu()) return a.is_cpu() && b.is_cpu();
+  return a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
 inline void check_scalar(const Tensor& t, const char* name, const Tensor& state) {
-  const bool there = t.is_cpu() == state.is_cpu() && t.is_cuda() == state.is_cuda();
-  STD_TORCH_CHECK(there && t.scalar_type() == ScalarType::Float && t.numel() == 1, name,
-                  ": expected one float32 value where the gate's state is");
+  STD_TORCH_CHECK(same_device(t, state) && t.scalar_type() == ScalarType::Float && t.numel() == 1,
+                  name, ": expected one float32 value where the gate's state is");
+}
+
+inline void check_decision(double max_grad_norm, int64_t phase) {
+  STD_TORCH_CHECK(max_grad_norm > 0, "max_grad_norm: expected a positive number, got ",
+                  max_grad_norm);
+  STD_TORCH_CHECK(phase >= FINISHED && phase <= CONFIRM, "phase: expected 0, 1 or 2, got ", phase);
 }
 
 }  // namespace dgg

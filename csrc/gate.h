@@ -70,6 +70,16 @@ DGG_HD double* tracker(double* s, Statistic which) {
   return s + HEADER_SIZE + (int64_t)s[MINI_BATCHES] + (which == LEVEL ? size : 0);
 }
 
+// Whether sizes and places are such as a gate writes: the transition finds its way by them.
+DGG_HD bool is_sound(double* s, int64_t numel) {
+  const double largest = (double)numel, window = s[WINDOW_SIZE], batches = s[MINI_BATCHES];
+  if (!(window >= 1 && window <= largest && batches >= 1 && batches <= largest)) return false;
+  if (numel != state_size((int64_t)window, (int64_t)batches)) return false;
+  const double up = tracker(s, INCREMENT)[NEXT], level = tracker(s, LEVEL)[NEXT];
+  return s[POSITION] >= 0 && s[POSITION] <= 9007199254740992.0 &&  // 2^53
+         up >= 0 && up < window && level >= 0 && level < window;
+}
+
 DGG_HD void push(double* s, double* t, double x) {
   const int64_t window = (int64_t)s[WINDOW_SIZE];
   if (s[AVERAGE] == (double)EMA) {

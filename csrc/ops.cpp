@@ -19,12 +19,13 @@ STABLE_TORCH_LIBRARY(dgg, m) {
       "lm_head_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
       "float temperature, float softcap, float grad_eps, Tensor? lse_ref, Tensor? seed, "
       "Tensor[] screen) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // grad_logp, grad_entropy [N] fp32; screened: whether the forward had a screen. Returns
+  // grad_logp, grad_entropy, grad_lse [N] fp32; screened: whether the forward had a screen. Returns
   // d_hidden [N, D], d_weight [V, D], d_bias [V] and row_sq [V] fp32, the squared norms of
   // d_weight's rows as stored; what is not needed is empty.
   m.def(
-      "lm_head_backward(Tensor grad_logp, Tensor? grad_entropy, Tensor hidden, Tensor weight, "
-      "Tensor target, Tensor? bias, Tensor lse, Tensor entropy, Tensor active, Tensor? seed, "
+      "lm_head_backward(Tensor grad_logp, Tensor? grad_entropy, Tensor? grad_lse, Tensor hidden, "
+      "Tensor weight, Tensor target, Tensor? bias, Tensor lse, Tensor entropy, Tensor active, "
+      "Tensor? seed, "
       "float temperature, float softcap, float grad_eps, bool screened, bool need_hidden, "
       "bool need_weight, bool need_bias, bool need_row_sq) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .lm_head import autocast, check_tensors, linear_logprob
+from .lm_head import autocast, check_tensors, logprob_with_lse
 
 
 def linear_cross_entropy(
@@ -50,7 +50,7 @@ def linear_cross_entropy(
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     names = ("input", "linear_weight", "linear_bias")
     check_tensors(input, linear_weight, target, linear_bias, names=names)
-    out = linear_logprob(
+    out = logprob_with_lse(
         input, linear_weight, target, bias=linear_bias, ignore_index=ignore_index, grad_eps=grad_eps
     )
     loss = -out.logp
@@ -58,11 +58,11 @@ def linear_cross_entropy(
     if label_smoothing:
         # -(1 - s) logp_y - s mean_v logp_v = -logp_y + s (z_y - mean_v z_v), and mean_v z_v is the
         # product with the mean weight: no logits are needed for it.
-        index = target.where(kept, 0)
-        apart = linear_weight[index].float() - linear_weight.float().mean(0)
-        gap = (input.float() * apart).sum(-1)
+        mean_weight = linear_weight.sum(0, dtype=torch.float32) / linear_weight.shape[0]
+        mean = (input.float() * mean_weight).sum(-1)
         if linear_bias is not None:
-            gap = gap + linear_bias[index].float() - linear_bias.float().mean()
+            mean = mean + linear_bias.float().mean()
+        gap = out.logp + out.lse - mean
         loss = loss + label_smoothing * gap.where(kept, 0.0)
     if reduction == "none":
         return loss

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .lm_head import LogprobOutput, linear_logprob
+from .lm_head import LogprobOutput, logprob_with_lse
 
 
 class _SumGradients(torch.autograd.Function):
@@ -80,16 +80,13 @@ def vocab_parallel_logprob(
     kept = target != ignore_index
     local = target - first
     inside = kept & (local >= 0) & (local < weight.shape[0])
-    row = local.where(inside, 0)
-    mine = linear_logprob(
-        hidden, weight, row.where(kept, ignore_index), temperature=temperature, softcap=softcap,
-        ignore_index=ignore_index, grad_eps=grad_eps,
+    # Of a row whose target another rank holds, only what does not depend on the target is used.
+    mine = logprob_with_lse(
+        hidden, weight, local.where(inside, 0).where(kept, -100), temperature=temperature,
+        softcap=softcap, ignore_index=-100, grad_eps=grad_eps,
     )  # fmt: skip
-    score = (hidden.float() * weight[row].float()).sum(-1)
-    if softcap is not None:
-        score = softcap * torch.tanh(score / softcap)
-    score = score / temperature
-    lse_local = score - mine.logp  # differentiable, unlike mine.lse
+    lse_local = mine.lse
+    score = mine.logp + mine.lse
     highest = lse_local.detach().clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
     share = (lse_local - highest).exp()

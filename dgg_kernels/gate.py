@@ -107,7 +107,10 @@ _gates: weakref.WeakValueDictionary[int, GradientGate] = weakref.WeakValueDictio
 
 @torch.library.custom_op("dgg::gate_record", mutates_args=("buffer",))
 def _gate_record(buffer: Tensor, row_sq: Tensor, d_weight: Tensor, gate_id: int) -> None:
-    _gates[gate_id].record(d_weight)
+    gate = _gates.get(gate_id)
+    if gate is None:
+        raise RuntimeError("gate: it was gone when the backward of linear_logprob(gate=gate) ran")
+    gate.record(d_weight)
     buffer.copy_(row_sq)
 
 
@@ -254,10 +257,12 @@ class GradientGate:
         self._scaler: torch.amp.GradScaler | None = None
         self._batches = 0  # calls of new_batch()
         self._awaits_step = self._foreseen = False
-        self._seen_shut, self._seen_applied = False, 0
+        self._seen_shut = False
         self._pinned: Tensor | None = None  # the state's header, as the last decision left it
         if device.type == "cuda":
-            self._pinned = torch.zeros(Slot.HEADER_SIZE, dtype=torch.float64, pin_memory=True)
+            self._pinned = torch.zeros(
+                Slot.HEADER_SIZE, dtype=torch.float64, device="cpu", pin_memory=True
+            )
             # External: inside a captured graph it is recorded anew by every replay.
             self._copied = torch.cuda.Event(external=torch.version.hip is None)
 
@@ -300,7 +305,7 @@ class GradientGate:
             optimizer,
             self.found_inf,
             self.grad_scale if max_grad_norm is not None else None,
-            self._stepped,
+            self._steps,
             shut_on_host=(lambda: self.is_shut(wait=True)) if host_gate else None,
         )
         self.max_grad_norm = max_grad_norm
@@ -388,7 +393,8 @@ class GradientGate:
         self._decide(signal, squares, total_norm, phase=2 if self._foreseen else 0)
         self._foreseen = False
         self._forget_backward()
-        self._awaits_step = bool(self._optimizers)
+        # A scaler that found an Inf may leave the step out.
+        self._awaits_step = bool(self._optimizers) and self._scaler is None
 
     def _check_turn(self, name: str) -> None:
         if self._batches == 0:
@@ -402,33 +408,33 @@ class GradientGate:
             self.grad_scale, self._pinned, phase,
         )  # fmt: skip
         if self._pinned is not None:
-            self._copied.record()
+            # The current device may be another one than the gate's.
+            self._copied.record(torch.cuda.current_stream(self._state.device))
 
     def is_shut(self, wait: bool = False) -> bool:
         """Whether re-use of this batch has ended, as far as the host knows.
 
         Args:
-            wait: wait for the last decision. Without it the answer on a GPU may be a step late.
+            wait: wait for the last decision. Without it the answer on a GPU is that of the last
+                decision that the device has come to.
         """
         seen = self._header(wait)
-        # The last decision may be one of an earlier batch.
-        if seen is not None and seen[Slot.BATCHES] == self._batches:
+        # The device may not have come to this batch yet. It writes the batch's number last.
+        if seen[Slot.BATCHES] == self._batches:
             self._seen_shut = bool(seen[Slot.LATCH])
         return self._seen_shut
 
     def applied_updates(self, wait: bool = False) -> int:
         """Updates applied over the gate's life, as far as the host knows (as in `is_shut`)."""
-        if (seen := self._header(wait)) is not None:
-            self._seen_applied = int(seen[Slot.APPLIED])
-        return self._seen_applied
+        return int(self._header(wait)[Slot.APPLIED])
 
-    def _header(self, wait: bool) -> np.ndarray | None:
-        """The state's header as the host knows it; None while a copy is on its way."""
+    def _header(self, wait: bool) -> np.ndarray:
+        """The state's header as the host knows it: the device writes it at every decision."""
         if self._pinned is None:
             return self._state.numpy()
         if wait:
             self._copied.synchronize()
-        return self._pinned.numpy() if self._copied.query() else None
+        return self._pinned.numpy()
 
     def metrics(self) -> dict[str, Tensor]:
         """The last decision as 0-dim float64 tensors on the device; reading them may wait.
@@ -490,7 +496,6 @@ class GradientGate:
         self.found_inf.fill_(float(restored[Slot.LATCH]))
         self._batches = int(restored[Slot.BATCHES])
         self._seen_shut = bool(restored[Slot.LATCH])
-        self._seen_applied = int(restored[Slot.APPLIED])
         if self._pinned is not None:
             self._pinned.copy_(torch.from_numpy(restored[: Slot.HEADER_SIZE]))
         self._forget_backward()
@@ -588,7 +593,13 @@ class GradientGate:
                 f"got {_described(value)}"
             )
 
-    def _stepped(self) -> None:
+    def _steps(self) -> None:
+        """What an attached optimizer calls before its step."""
+        if self._backwards:
+            raise RuntimeError(
+                "optimizer: step() came after a backward through linear_logprob(..., gate=gate) "
+                "without gate.decide() in between"
+            )
         self._awaits_step = False
 
     def _forget_backward(self) -> None:

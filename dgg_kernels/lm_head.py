@@ -48,7 +48,7 @@ def _triton(op: str) -> Callable[..., Any]:
             raise ImportError("linear_logprob on a CUDA device needs triton: pip install triton")
         return getattr(importlib.import_module(f"{__package__}.{op}"), op)(*args)
 
-    return call
+    return lm_head_chunked.without_autocast(call)
 
 
 for _op in ("lm_head_forward", "lm_head_backward"):
@@ -77,15 +77,15 @@ def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("dgg::lm_head_backward")
 def _(
-    grad_logp: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, target: Tensor,
-    bias: Tensor | None, *others: Any,
+    grad_logp: Tensor, grad_entropy: Tensor | None, grad_lse: Tensor | None, hidden: Tensor,
+    weight: Tensor, target: Tensor, bias: Tensor | None, *others: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need_hidden, need_weight, need_bias, need_row_sq = others[-4:]
     _check_matrices(hidden, weight)
     return (
-        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if need_weight else hidden.new_empty(0),
-        torch.empty_like(bias) if need_bias and bias is not None else hidden.new_empty(0),
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        bias.new_empty(bias.shape) if need_bias and bias is not None else hidden.new_empty(0),
         hidden.new_empty(weight.shape[0] if need_row_sq else 0, dtype=torch.float32),
     )
 
@@ -126,28 +126,36 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden, weight, bias, target, temperature, softcap, grad_eps, _, seed = inputs[:9]
     screen, row_sq, *gate = inputs[9:]
     _, entropy, lse, sum_p2, active, report = output
-    ctx.save_for_backward(hidden, weight, bias, target, lse, entropy, active, seed, row_sq)
+    ctx.save_for_backward(hidden, weight, bias, target, lse, entropy, active, seed)
+    # Not saved: the backward writes there, and a hook may hand back a copy of what was saved.
+    ctx.gate_row_sq = row_sq
     ctx.scalars = (temperature, softcap, grad_eps, bool(screen))
     ctx.gate = tuple(gate)
-    ctx.mark_non_differentiable(lse, sum_p2, active, report)
+    ctx.mark_non_differentiable(sum_p2, active, report)
     ctx.screens = len(screen)
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: None
+    ctx: Any,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    *_: None,
 ) -> tuple[Any, ...]:
-    hidden, weight, bias, target, lse, entropy, active, seed, gate_row_sq = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_logprob: it has no second derivative (create_graph=True)")
+    hidden, weight, bias, target, lse, entropy, active, seed = ctx.saved_tensors
     gate_id, gate_accumulates = ctx.gate
-    gated = gate_row_sq is not None
+    gated = ctx.gate_row_sq is not None
     wanted = ctx.needs_input_grad[:3]
     need = (wanted[0], wanted[1] or gate_accumulates, wanted[2])
     d_hidden, d_weight, d_bias, row_sq = torch.ops.dgg.lm_head_backward(
-        torch.zeros_like(lse) if grad_logp is None else grad_logp, grad_entropy,
+        torch.zeros_like(lse) if grad_logp is None else grad_logp, grad_entropy, grad_lse,
         hidden, weight, target, bias, lse, entropy, active, seed, *ctx.scalars, *need, gated,
     )  # fmt: skip
     if gated:
-        torch.ops.dgg.gate_record(gate_row_sq, row_sq, d_weight, gate_id)
+        torch.ops.dgg.gate_record(ctx.gate_row_sq, row_sq, d_weight, gate_id)
     d_inputs = zip((d_hidden, d_weight, d_bias), wanted, strict=True)
     none = [None] * 6
     return (
@@ -209,9 +217,32 @@ def linear_logprob(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device or range; names it, what was
-            expected and what came. On a GPU a target outside [0, V) is not looked at by the host:
-            its row's outputs and gradients are NaN, which shuts the gate.
+            expected and what came. On a GPU, or when compiled, a target outside [0, V) is not
+            looked at by the host: its row's outputs and gradients are NaN, which shuts the gate.
+        RuntimeError: a backward with `create_graph=True`: there is no second derivative.
     """
+    out = logprob_with_lse(
+        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap,
+        ignore_index=ignore_index, grad_eps=grad_eps, lse_ref=lse_ref, screen=screen, gate=gate,
+    )  # fmt: skip
+    return out._replace(lse=out.lse.detach())
+
+
+def logprob_with_lse(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    grad_eps: float = 2**-12,
+    lse_ref: Tensor | None = None,
+    screen: Screen | None = None,
+    gate: GradientGate | None = None,
+) -> LogprobOutput:
+    """`linear_logprob` with an lse that has a gradient, too: logp + lse is the target's logit."""
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_tensors(hidden, weight, target, bias, lse_ref)
     _check_scalars(temperature, softcap, grad_eps, ignore_index)
@@ -251,8 +282,9 @@ def linear_logprob(
         -1 if gate is None else gate.id,
         gate is not None and gate.config.accumulate,
     )
-    if target.device.type != "cpu":
-        logp = logp * torch.where(outside, torch.nan, 1.0)  # NaN, forward and backward
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        mark = torch.where(outside, torch.nan, 1.0)  # NaN, forward and backward
+        logp, entropy, lse, sum_p2 = (o * mark for o in (logp, entropy, lse, sum_p2))
     screen_stats = stats(report, shape) if codes else None
     if len(shape) != 1:  # of one dimension already: FSDP2 warns of outputs that are views
         logp, entropy, lse, sum_p2 = (o.reshape(shape) for o in (logp, entropy, lse, sum_p2))
@@ -310,9 +342,10 @@ def check_tensors(
         raise ValueError(f"lse_ref: expected {_shape(leading)} like target, got {_shape(lse_ref)}")
     if lse_ref is not None and not lse_ref.is_floating_point():
         raise TypeError(f"lse_ref: expected floating values, got {lse_ref.dtype}")
-    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
-        raise ValueError(f"{b}: expected floating [{weight.shape[0]}] as in {w}, "
-                         f"got {bias.dtype} {_shape(bias)}")  # fmt: skip
+    if bias is not None and bias.dtype not in _DTYPES:
+        raise TypeError(f"{b}: expected bfloat16, float16 or float32, got {bias.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{b}: expected [{weight.shape[0]}] as in {w}, got {_shape(bias)}")
 
 
 def _check_scalars(

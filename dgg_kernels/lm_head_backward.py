@@ -23,6 +23,7 @@ from torch import Tensor
 from .lm_head_forward import (
     Entries,
     Head,
+    by_rows,
     column_slices,
     gather_rows,
     inverse_probability,
@@ -42,12 +43,13 @@ EXACT_CHUNK_BYTES = 160 * 2**20
 
 @triton.jit
 def logit_gradient(
-    z, hit, weight, c, c_entropy, lse, entropy, softcap, inv_temperature, SOFTCAP: tl.constexpr
-):
+    z, hit, weight, c, c_entropy, c_lse, lse, entropy, softcap, inv_temperature,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """dL/d(h . W_v + b_v) of logits z; `weight` is 1 / (probability of having been kept)."""
     logp = z - lse
     p = tl.exp(logp)
-    slope = c + c_entropy * (logp + entropy)
+    slope = c - c_lse + c_entropy * (logp + entropy)
     # 0 log 0 = 0: a banned token has no part.
     d = tl.where(hit, c, 0.0) - tl.where(p == 0.0, 0.0, weight * p * slope)
     if SOFTCAP:
@@ -61,12 +63,12 @@ def logit_gradient(
 
 @triton.jit
 def row_kernel(
-    x, w, bias, target, lse, entropy, grad_logp, grad_entropy, start, count, threshold, columns,
-    weights, keys, values, owners, dx,
+    x, w, bias, target, lse, entropy, grad_logp, grad_entropy, grad_lse, start, count, threshold,
+    columns, weights, keys, values, owners, dx,
     D, x_stride, w_stride, inv_temperature, softcap,
     BLOCK_D: tl.constexpr, ENTRIES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, SUM: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr,
+    SOFTCAP: tl.constexpr, SUM: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """One row: (keys, values, owners) = (v, dL/draw_v, row) of its entries, and their sum, dX.
 
@@ -79,7 +81,10 @@ def row_kernel(
     c_entropy = 0.0
     if HAS_ENTROPY:
         c_entropy = tl.load(grad_entropy + i)
-    works = (y >= 0) & ((c != 0.0) | (c_entropy != 0.0))
+    c_lse = 0.0
+    if HAS_LSE:
+        c_lse = tl.load(grad_lse + i)
+    works = (y >= 0) & ((c != 0.0) | (c_entropy != 0.0) | (c_lse != 0.0))
     num_entries = tl.where(works, tl.load(count + i), 0)
     first = tl.load(start + i).to(tl.int64)
     row_lse = tl.load(lse + i)
@@ -115,7 +120,7 @@ def row_kernel(
             weight = inverse_probability(z - above)
         hit = v == y
         weight = tl.where(hit, 1.0, weight)  # kept whatever its u
-        d_raw = logit_gradient(z, hit, weight, c, c_entropy, row_lse, row_entropy,
+        d_raw = logit_gradient(z, hit, weight, c, c_entropy, c_lse, row_lse, row_entropy,
                                softcap, inv_temperature, SOFTCAP)  # fmt: skip
         if SUM:
             d_raw = tl.where(here, d_raw, 0.0)
@@ -174,11 +179,12 @@ def owner_kernel(
 
 @triton.jit
 def dlogits_kernel(
-    x, w, bias, count, rows, target, lse, entropy, grad_logp, grad_entropy, out,
+    x, w, bias, count, rows, target, lse, entropy, grad_logp, grad_entropy, grad_lse, out,
     first_column, num_rows, V, D, w_stride, inv_temperature, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """out [num_rows, V] = dL/draw of the first `count` rows of x, for a chunk w [V, D] of weight.
 
@@ -204,6 +210,9 @@ def dlogits_kernel(
         c_entropy = 0.0
         if HAS_ENTROPY:
             c_entropy = tl.load(grad_entropy + row, valid, other=0.0)[:, None]
+        c_lse = 0.0
+        if HAS_LSE:
+            c_lse = tl.load(grad_lse + row, valid, other=0.0)[:, None]
         slices = column_slices(scores, BLOCK_N, BLOCK_V, PARTS)
         for part in tl.static_range(PARTS):
             v = tile_v * BLOCK_V + part * SLICE + tl.arange(0, SLICE)
@@ -211,7 +220,7 @@ def dlogits_kernel(
             if HAS_BIAS:
                 raw += tl.load(bias + v, v < V, other=0.0).to(tl.float32)[None, :]
             z = scale_logits(raw, softcap, inv_temperature, SOFTCAP)
-            d_raw = logit_gradient(z, v[None, :] == y[:, None], 1.0, c, c_entropy, row_lse,
+            d_raw = logit_gradient(z, v[None, :] == y[:, None], 1.0, c, c_entropy, c_lse, row_lse,
                                    row_entropy, softcap, inv_temperature, SOFTCAP)  # fmt: skip
             # int64 for the tile's base, int32 within the tile: registers.
             base = out + (block * BLOCK_N).to(tl.int64) * V
@@ -250,26 +259,36 @@ class Upstream:
 
     grad_logp: Tensor  # [N] fp32
     grad_entropy: Tensor | None  # [N] fp32
+    grad_lse: Tensor | None  # [N] fp32
     lse: Tensor  # [N] fp32
     entropy: Tensor  # [N] fp32
 
     @property
+    def grads(self) -> tuple[Tensor, ...]:
+        every = (self.grad_logp, self.grad_entropy, self.grad_lse)
+        return tuple(grad for grad in every if grad is not None)
+
+    @property
     def works(self) -> Tensor:
         """Rows with a coefficient, [N] bool (NaN is one)."""
-        works = self.grad_logp != 0
-        return works if self.grad_entropy is None else works | (self.grad_entropy != 0)
+        return torch.stack([grad != 0 for grad in self.grads]).any(0)
 
     @property
     def magnitude(self) -> Tensor:
         """Largest coefficient, [1] fp32; 1 where that is 0 or not a number."""
-        top = self.grad_logp.abs().amax()
-        if self.grad_entropy is not None:
-            top = torch.maximum(top, self.grad_entropy.abs().amax())
+        top = torch.stack(self.grads).abs().amax()
         return torch.where((top > 0) & top.isfinite(), top, 1.0).reshape(1)
 
     def divided(self, by: Tensor) -> "Upstream":
         c_entropy = None if self.grad_entropy is None else self.grad_entropy / by
-        return Upstream(self.grad_logp / by, c_entropy, self.lse, self.entropy)
+        c_lse = None if self.grad_lse is None else self.grad_lse / by
+        return Upstream(self.grad_logp / by, c_entropy, c_lse, self.lse, self.entropy)
+
+    @property
+    def switches(self) -> dict[str, bool]:
+        """For a kernel's launch."""
+        has_lse = self.grad_lse is not None
+        return {"HAS_ENTROPY": self.grad_entropy is not None, "HAS_LSE": has_lse}
 
 
 @dataclass(frozen=True)
@@ -308,11 +327,10 @@ def sparse_backward(
     options = gather.options(D, head.weight.element_size())
     row_kernel[(N,)](
         head.hidden, head.weight, head.bias, head.target, upstream.lse, upstream.entropy,
-        upstream.grad_logp, upstream.grad_entropy, entries.start, entries.count,
+        upstream.grad_logp, upstream.grad_entropy, upstream.grad_lse, entries.start, entries.count,
         entries.threshold, entries.columns, entries.weights, keys, values, owners, out.hidden,
         D, head.hidden.stride(0), head.weight.stride(0), *head.scalars,
-        SUM=in_registers, WEIGHTED=weighted, HAS_ENTROPY=upstream.grad_entropy is not None,
-        **head.switches, **options,
+        SUM=in_registers, WEIGHTED=weighted, **upstream.switches, **head.switches, **options,
     )  # fmt: skip
     if out.hidden is not None and not in_registers:
         count = entries.count.where(upstream.works, 0)
@@ -386,8 +404,10 @@ def exact_pass(
     """One pass over the vocabulary, by chunks; every chunk sees all blocks of rows."""
     _, V, D = head.sizes
     size = blocks[0][0].shape[0]
-    x = gather_rows(head, head.hidden, *blocks[0])
-    sums = torch.zeros(size, D, device=x.device) if out.hidden is not None else None
+    x = head.hidden if len(blocks) > 1 else gather_rows(head, head.hidden, *blocks[0])
+    sums = None
+    if out.hidden is not None:
+        sums = torch.zeros(size, D, dtype=torch.float32, device=x.device)
     column_bytes = size * x.element_size() + 4 * D * min(2, len(blocks))
     width = max(256, EXACT_CHUNK_BYTES // column_bytes // 256 * 256)
     for first in range(0, V, width):
@@ -435,9 +455,9 @@ def dlogits(
     bias = None if head.bias is None else head.bias[first : first + C]
     dlogits_kernel[(head.programs(x, C),)](
         *operands, bias, count, rows, head.target, upstream.lse, upstream.entropy,
-        upstream.grad_logp, upstream.grad_entropy, out,
+        upstream.grad_logp, upstream.grad_entropy, upstream.grad_lse, out,
         first, M, C, x.shape[1], w.stride(0), *head.scalars,
-        HAS_ENTROPY=upstream.grad_entropy is not None, **head.switches, **options,
+        **upstream.switches, **head.switches, **options,
     )  # fmt: skip
     return out
 
@@ -454,8 +474,9 @@ def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
 def lm_head_backward(
     grad_logp: Tensor,  # [N] fp32
     grad_entropy: Tensor | None,  # [N] fp32
-    hidden: Tensor,  # [N, D], last dimension contiguous
-    weight: Tensor,  # [V, D], likewise
+    grad_lse: Tensor | None,  # [N] fp32
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
     target: Tensor,  # [N] int64, -1 where ignored
     bias: Tensor | None,  # [V]
     lse: Tensor,  # [N] fp32
@@ -473,10 +494,12 @@ def lm_head_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d_hidden [N, D], d_weight [V, D], d_bias [V] and row_sq [V] fp32; empty where not needed.
 
-    dL/dz_iv = c_i (1[v = y_i] - p_iv) - cH_i p_iv (log p_iv + H_i), times dz/d(h . W_v + b_v).
+    dL/dz_iv = c_i (1[v = y_i] - p_iv) + cZ_i p_iv - cH_i p_iv (log p_iv + H_i), times
+    dz/d(h . W_v + b_v), of the gradients c of logp, cZ of lse and cH of the entropy.
     With grad_eps > 0 and a seed, p_iv < eps stands for itself in expectation only: kept with
     probability p_iv / eps, and divided by it.
     """
+    hidden, weight = by_rows(hidden), by_rows(weight)
     bias = None if bias is None else bias.contiguous()
     head = Head(hidden, weight, target, bias, temperature, softcap, grad_eps, seed)
     fill = torch.empty if hidden.shape[0] > 0 else torch.zeros
@@ -490,9 +513,11 @@ def lm_head_backward(
         fill(weight.shape[0], dtype=torch.float32, device=device) if need_row_sq else None,
     )
     if hidden.shape[0] > 0:
-        if grad_entropy is not None:
-            grad_entropy = grad_entropy.contiguous()
-        upstream = Upstream(grad_logp.contiguous(), grad_entropy, lse, entropy)
+        c, c_entropy, c_lse = (
+            None if grad is None else grad.contiguous()
+            for grad in (grad_logp, grad_entropy, grad_lse)
+        )
+        upstream = Upstream(c, c_entropy, c_lse, lse, entropy)
         with torch.cuda.device_of(hidden):
             if seed is None or grad_eps == 0:
                 exact_backward(head, upstream, out)

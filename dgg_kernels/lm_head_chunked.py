@@ -7,12 +7,25 @@ chunk by chunk, each from all rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # fp32 logits held at a time
+
+
+def without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op's own products are of the dtypes that it chose, in a region of autocast as well."""
+
+    @wraps(op)
+    def call(*args: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):
+            return op(*args)
+
+    return call
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
@@ -32,6 +45,7 @@ def _logits(
     return z.div_(temperature)
 
 
+@without_autocast
 def lm_head_forward(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -76,9 +90,11 @@ def lm_head_forward(
     return logp, entropy, lse, sum_p2, active, report
 
 
+@without_autocast
 def lm_head_backward(
     grad_logp: Tensor,  # [N] fp32
     grad_entropy: Tensor | None,  # [N] fp32
+    grad_lse: Tensor | None,  # [N] fp32
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
     target: Tensor,  # [N] int64, -1: ignored
@@ -98,25 +114,29 @@ def lm_head_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d_hidden, d_weight, d_bias and row_sq; what is not needed is empty.
 
-    dL/dz_iv = c_i (1[v = y_i] - p_iv) - cH_i p_iv (log p_iv + H_i), times dz/d(h . W_v).
+    dL/dz_iv = c_i (1[v = y_i] - p_iv) + cZ_i p_iv - cH_i p_iv (log p_iv + H_i), times
+    dz/d(h . W_v).
     """
     n, vocabulary = hidden.shape[0], weight.shape[0]
     empty = hidden.new_empty(0)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if need_hidden else None
-    d_weight = torch.empty_like(weight) if need_weight else None
-    d_bias = torch.empty_like(bias) if need_bias and bias is not None else None
+    d_weight = weight.new_empty(weight.shape) if need_weight else None
+    d_bias = bias.new_empty(bias.shape) if need_bias and bias is not None else None
     row_sq = weight.new_empty(vocabulary, dtype=torch.float32) if need_row_sq else None
     # Rows without a coefficient do no harm either: their hidden state may hold anything.
-    works = (grad_logp != 0) | (grad_entropy != 0 if grad_entropy is not None else False)
+    works = grad_logp != 0
+    for grad in (grad_entropy, grad_lse):
+        works = works if grad is None else works | (grad != 0)
     works &= target >= 0
     x = hidden.float().where(works[:, None], 0.0)
     c = grad_logp.where(works, 0.0)[:, None]
+    c_of_p = c if grad_lse is None else c - grad_lse.where(works, 0.0)[:, None]
     c_entropy = None if grad_entropy is None else grad_entropy.where(works, 0.0)[:, None]
     for v in _chunks(n, vocabulary):
         z = _logits(x, weight[v], None if bias is None else bias[v], temperature, softcap)
         logp = z - lse[:, None]
         p = logp.exp()
-        d_z = -c * p
+        d_z = -c_of_p * p
         if c_entropy is not None:
             d_z -= c_entropy * p * (logp.clamp_min(-1e4) + entropy[:, None])
         inside = (target >= v.start) & (target < v.stop)

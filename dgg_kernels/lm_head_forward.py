@@ -658,9 +658,14 @@ def row_blocks(
         yield first, rows, count, gather_rows(head, head.hidden, rows, count)
 
 
+def by_rows(x: Tensor) -> Tensor:
+    """x [*, D], or a copy, whose rows lie apart and are contiguous: as the kernels read them."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
 def lm_head_forward(
-    hidden: Tensor,  # [N, D], last dimension contiguous
-    weight: Tensor,  # [V, D], likewise
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
     target: Tensor,  # [N] int64, -1 where ignored
     bias: Tensor | None,  # [V]
     temperature: float,
@@ -678,6 +683,7 @@ def lm_head_forward(
     log-sum-exp.
     """
     N = hidden.shape[0]
+    hidden, weight = by_rows(hidden), by_rows(weight)
     bias = None if bias is None else bias.contiguous()
     head = Head(hidden, weight, target, bias, temperature, softcap, grad_eps, seed)
     logp, entropy, lse, sum_p2 = (
@@ -689,7 +695,7 @@ def lm_head_forward(
     outputs = (logp, entropy, lse, sum_p2)
     report = torch.zeros(N if screen else 0, 4, dtype=torch.float32, device=hidden.device)
     with torch.cuda.device_of(hidden):
-        if screen:
+        if screen and N > 0:
             from .lm_head_screen import screen_vocabulary
 
             active = screen_vocabulary(head, screen, target >= 0, reference, outputs, report)

@@ -31,6 +31,7 @@ from torch import Tensor
 from .lm_head_forward import (
     Entries,
     Head,
+    by_rows,
     column_slices,
     combine,
     count_bits,
@@ -288,7 +289,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> Codes:
     """Codes of x [R, D], one scale a row."""
     R, D = x.shape
     codes = torch.empty(R, D, dtype=dtype, device=x.device)
-    made = Codes(codes, *(torch.empty(R, device=x.device) for _ in range(3)))
+    made = Codes(codes, *(torch.empty(R, dtype=torch.float32, device=x.device) for _ in range(3)))
     quantize_rows_into(x, made)
     return made
 
@@ -296,12 +297,14 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> Codes:
 def quantize_rows_into(x: Tensor, to: Codes, unchanged: Tensor | None = None) -> None:
     """Writes the codes of x [R, D], unless the 0-dim fp32 `unchanged` is 1.0."""
     R, D = x.shape
+    x = by_rows(x)
     if R > 0:
-        quantize_kernel[(R,)](
-            x, *to, unchanged, D, x.stride(0), LARGEST[to.codes.dtype],
-            BLOCK_D=min(4096, triton.next_power_of_2(D)), INT8=to.codes.dtype == torch.int8,
-            ASK=unchanged is not None,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            quantize_kernel[(R,)](
+                x, *to, unchanged, D, x.stride(0), LARGEST[to.codes.dtype],
+                BLOCK_D=min(4096, triton.next_power_of_2(D)), INT8=to.codes.dtype == torch.int8,
+                ASK=unchanged is not None,
+            )  # fmt: skip
 
 
 # Standard deviations of the screen's error that the threshold is lowered by: an entry with p > eps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def attach_optimizer(
     optimizer: Optimizer,
     found_inf: Tensor,
     grad_scale: Tensor | None,
-    stepped: Callable[[], None],
+    steps: Callable[[], None],
     shut_on_host: Callable[[], bool] | None = None,
 ) -> AttachedOptimizer:
     """Make `optimizer.step()` read `found_inf` (skip) and `grad_scale` (divide the gradient by it).
@@ -47,7 +48,8 @@ def attach_optimizer(
     found_inf == 1.0 parameters, moments and step counters keep their bits. Zeroing gradients would
     not do: AdamW then still moves the weights by momentum and decay.
 
-    With `shut_on_host` the optimizer's step is not called when that says so, whatever it is.
+    `steps` is called before every step, which does not happen if it raises. With `shut_on_host`
+    the optimizer's step is not called when that says so, whatever it is.
     """
     optimizer = _inner(optimizer)
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
@@ -55,10 +57,10 @@ def attach_optimizer(
         raise ValueError(f"optimizer: {name} is attached to a gate already: detach that one first")
     attached = AttachedOptimizer(optimizer)
     if shut_on_host is not None:
-        _skip_on_host(attached, grad_scale, stepped, shut_on_host)
+        _skip_on_host(attached, grad_scale, steps, shut_on_host)
     else:
         _check_can_skip(optimizer, name)
-        _skip_on_device(attached, found_inf, grad_scale, stepped)
+        _skip_on_device(attached, found_inf, grad_scale, steps)
     optimizer._dgg_attached = True  # pyright: ignore[reportAttributeAccessIssue]
     attached.on_release(lambda: delattr(optimizer, "_dgg_attached"))
     return attached
@@ -76,7 +78,7 @@ def _skip_on_device(
     attached: AttachedOptimizer,
     found_inf: Tensor,
     grad_scale: Tensor | None,
-    stepped: Callable[[], None],
+    steps: Callable[[], None],
 ) -> None:
     def before(optimizer: Any, *_: Any) -> None:
         _create_momentum(optimizer)  # load_state_dict may have taken them away again
@@ -88,6 +90,7 @@ def _skip_on_device(
                 "optimizer: the gradient is still multiplied by the loss scale: call "
                 "scaler.unscale_(optimizer) before gate.decide()"
             )
+        steps()
         optimizer.found_inf = found_inf
         if theirs is not None and theirs is not found_inf:
             optimizer.found_inf = torch.maximum(found_inf, (theirs.to(found_inf) != 0).float())
@@ -99,24 +102,22 @@ def _skip_on_device(
                 delattr(attached.optimizer, name)
 
     attached.on_release(release)
-    for hook in (
-        attached.optimizer.register_step_pre_hook(before),
-        attached.optimizer.register_step_post_hook(lambda *_: stepped()),
-    ):
-        attached.on_release(hook.remove)
+    attached.on_release(attached.optimizer.register_step_pre_hook(before).remove)
 
 
 def _skip_on_host(
     attached: AttachedOptimizer,
     grad_scale: Tensor | None,
-    stepped: Callable[[], None],
+    steps: Callable[[], None],
     shut: Callable[[], bool],
 ) -> None:
     optimizer = attached.optimizer
     step = optimizer.step
+    wrapped = "step" in vars(optimizer)  # by a learning-rate schedule
 
+    @wraps(step)  # with what a schedule marks its own wrapper by
     def gated_step(*args: Any, **kwargs: Any) -> Any:
-        stepped()
+        steps()
         if shut():
             return None
         if grad_scale is not None:
@@ -126,28 +127,40 @@ def _skip_on_host(
         return step(*args, **kwargs)
 
     optimizer.step = gated_step  # type: ignore[method-assign]
-    attached.on_release(lambda: delattr(optimizer, "step"))
+
+    def release() -> None:
+        if wrapped:
+            optimizer.step = step  # type: ignore[method-assign]
+        else:
+            delattr(optimizer, "step")
+
+    attached.on_release(release)
 
 
 class GatedScheduler:
     """Steps a learning-rate schedule once per applied update, instead of once per attempt.
 
     Call `step()` after `optimizer.step()`, as the scheduler's own. The number of applied updates is
-    what the host knows of it (`GradientGate.applied_updates`): on a GPU the schedule may follow a
-    step late, but it never counts a skipped update.
+    what the host knows of it (`GradientGate.applied_updates`): on a GPU the schedule may follow
+    late, but it never counts a skipped update. Gate and schedule may be restored from a checkpoint
+    before or after this is built.
+
+    Raises:
+        TypeError: the schedule does not count its steps (`last_epoch`).
     """
 
     def __init__(self, scheduler: LRScheduler, applied_updates: Callable[[], int]) -> None:
+        if not isinstance(getattr(scheduler, "last_epoch", None), int):
+            raise TypeError("scheduler: expected one that counts its steps in `last_epoch`, "
+                            f"got {type(scheduler).__name__}")  # fmt: skip
         self.scheduler = scheduler
         self._applied_updates = applied_updates
-        self._counted = applied_updates()
+        self._ahead = scheduler.last_epoch - applied_updates()
 
     def step(self) -> None:
         """Advance the schedule by the updates that were applied since the last call."""
-        applied = self._applied_updates()
-        for _ in range(applied - self._counted):
+        for _ in range(self._applied_updates() + self._ahead - self.scheduler.last_epoch):
             self.scheduler.step()
-        self._counted = applied
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:

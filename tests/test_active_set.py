@@ -105,7 +105,7 @@ def test_backward_gives_the_same_bits_on_any_number_of_threads():
         torch.set_num_threads(threads)
         results.append(
             torch.ops.dgg.lm_head_backward(
-                torch.linspace(-1, 1, 300), None, hidden, weight, target, None, lse, entropy,
+                torch.linspace(-1, 1, 300), None, None, hidden, weight, target, None, lse, entropy,
                 active, seed, 1.0, 0.0, 2**-10, False, True, True, False, True,
             )
         )  # fmt: skip
@@ -140,14 +140,14 @@ def test_lse_ref_steers_nothing_but_the_draw():
 @pytest.mark.parametrize("exact", [False, True])
 def test_opcheck(op, exact):
     torch.manual_seed(0)
-    hidden, weight, bias = torch.randn(5, 8), torch.randn(40, 8), torch.randn(40)
+    hidden, weight, bias = torch.randn(5, 8), torch.randn(8, 40).T, torch.randn(40)
     target, seed = torch.tensor([0, 3, -1, 39, 7]), None if exact else torch.tensor([3])
     scalars = (0.9, 5.0, 2**-6)
     args = (hidden, weight, target, bias, *scalars, None, seed, [])
     if op == "lm_head_backward":
         _, entropy, lse, _, active, _ = torch.ops.dgg.lm_head_forward(*args)
-        c = torch.randn(2, 5)
-        args = (c[0], c[1], hidden, weight, target, bias, lse, entropy, active, seed, *scalars)
+        c = torch.randn(3, 5)
+        args = (*c, hidden, weight, target, bias, lse, entropy, active, seed, *scalars)
         args += (False, True, True, True, True)
     elif op == "linear_logprob":
         leaves = [t.requires_grad_() for t in (hidden, weight, bias)]

@@ -246,7 +246,7 @@ def test_head_refusals(head, what, swaps):
 @target(
     60, op=st.sampled_from(["lm_head_forward", "lm_head_backward", "quantize_rows_cpu",
                             "gate_new_batch", "gate_decide"]),
-    swaps=st.lists(st.tuples(st.integers(0, 17), st.integers(0, len(GARBAGE) - 1)), min_size=1,
+    swaps=st.lists(st.tuples(st.integers(0, 18), st.integers(0, len(GARBAGE) - 1)), min_size=1,
                    max_size=3),
 )  # fmt: skip
 def test_ops_called_directly(op, swaps):
@@ -256,7 +256,7 @@ def test_ops_called_directly(op, swaps):
     none = torch.zeros(0, dtype=torch.int32)
     arguments = {
         "lm_head_forward": [h, w, y, None, 1.0, 0.0, 0.0, None, None, []],
-        "lm_head_backward": [row, row, h, w, y, None, row, row, none, None, 1.0, 0.0, 0.0, False,
+        "lm_head_backward": [row, row, row, h, w, y, None, row, row, none, None, 1.0, 0.0, 0.0, False,
                              True, True, False, True],
         "quantize_rows_cpu": [w, torch.zeros(4, 3, dtype=torch.int8), *torch.zeros(3, 4), None],
         "gate_new_batch": [gate._state, gate.found_inf],

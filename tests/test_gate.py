@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import warnings
 from collections import deque
 from functools import reduce
 
@@ -822,6 +823,105 @@ def test_a_frozen_weight_over_several_passes_asks_for_accumulate():
         out.logp.sum().backward()
     with pytest.raises(RuntimeError, match=r"frozen and 2 backward passes.*accumulate=True"):
         gate.decide()
+
+
+def test_two_heads_in_one_graph_and_a_graph_used_twice():
+    body, head, _, gate, _ = make()
+    x, y = torch.randn(64, 12), torch.randint(33, (64,))
+    for retain in (False, True):
+        gate.new_batch()
+        head.weight.grad = None
+        halves = [linear_logprob(body(x), head.weight, y, gate=gate).logp.mean() for _ in range(2)]
+        if retain:
+            halves[0].backward(retain_graph=True)
+            halves[0].backward()
+        else:
+            sum(halves).backward()
+        gate.decide()
+        exact = torch.linalg.vector_norm(head.weight.grad.double())
+        torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+        gate.detach()
+
+
+def test_hooks_that_copy_what_is_saved_do_not_hide_the_energy():
+    """As activations that are offloaded to the host."""
+    _, head, _, gate, backward = make()
+    gate.new_batch()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+        backward()
+    gate.decide()
+    exact = torch.linalg.vector_norm(head.weight.grad.double())
+    torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("host_gate", [False, True])
+def test_a_step_without_a_decision_is_refused_and_moves_nothing(host_gate):
+    body, head, optimizer, gate, backward = make()
+    gate.detach()
+    gate.attach(optimizer, max_grad_norm=0.05, host_gate=host_gate)
+    gate.new_batch()
+    backward()
+    before = flat(everything(body, head, optimizer))
+    with pytest.raises(RuntimeError, match=r"step\(\) came after .* without gate.decide\(\)"):
+        optimizer.step()
+    after = flat(everything(body, head, optimizer))
+    assert all(same_bits(a, b) for a, b in zip(before, after, strict=True))
+    gate.decide()
+    optimizer.step()
+    assert not torch.equal(before[0], flat(everything(body, head, optimizer))[0])
+
+
+def test_a_gate_that_is_gone_is_named():
+    weight = torch.randn(30, 8, requires_grad=True)
+    gate = GradientGate(GateConfig(), weight)
+    out = linear_logprob(torch.randn(4, 8), weight, torch.zeros(4).long(), gate=gate)
+    del gate
+    with pytest.raises(RuntimeError, match="gate: it was gone when the backward"):
+        out.logp.sum().backward()
+
+
+def test_host_gate_and_a_schedule_leave_each_other_alone():
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    optimizer = torch.optim.RMSprop([weight], lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)
+    scheduled = optimizer.step
+    gate = GradientGate(GateConfig(), weight)
+    gate.attach(optimizer, host_gate=True)
+    weight.grad = torch.ones(4, 3)
+    gate.new_batch()
+    gate.decide(energy=torch.tensor(1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a schedule that steps before its optimizer
+        optimizer.step()
+        schedule.step()
+    gate.detach()
+    assert optimizer.step is scheduled
+
+
+def test_a_schedule_that_is_built_before_its_checkpoint_is_loaded_counts_on():
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+
+    def build():
+        optimizer = torch.optim.AdamW([weight], lr=1.0, fused=True)
+        gate = GradientGate(GateConfig(threshold=math.inf), weight)
+        inner = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+        return gate, inner, GatedScheduler(inner, gate.applied_updates)
+
+    def update(gate, schedule):
+        gate.new_batch()
+        gate.decide(energy=torch.tensor(1.0))
+        schedule.step()
+
+    gate, inner, schedule = build()
+    for _ in range(5):
+        update(gate, schedule)
+    resumed, its_inner, its_schedule = build()
+    resumed.load_state_dict(gate.state_dict())
+    its_inner.load_state_dict(inner.state_dict())
+    update(resumed, its_schedule)
+    assert its_inner.last_epoch == 6
+    with pytest.raises(TypeError, match="scheduler: expected one that counts its steps"):
+        GatedScheduler(torch.optim.lr_scheduler.ChainedScheduler([inner]), gate.applied_updates)
 
 
 def test_the_schedule_counts_applied_updates():

@@ -10,6 +10,7 @@ from tolerance import FLOOR, assert_as_good_as_torch, error
 
 from dgg_kernels import GateConfig, GradientGate, linear_logprob
 from dgg_kernels import lm_head_chunked as chunked
+from dgg_kernels.lm_head import logprob_with_lse
 from dgg_kernels.reference import reference_logprob
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -256,6 +257,61 @@ def test_autocast_runs_in_its_dtype_and_gradients_come_back_in_fp32():
     assert error(out.logp, exact) < 2e-2
 
 
+@pytest.mark.parametrize("grad_eps", [0.0, 1e-30])
+def test_gradient_of_the_log_sum_exp(implementation, grad_eps):
+    """Beside those of log-prob and entropy, and where both make up the target's logit alone."""
+    hidden, weight, target, c, c_entropy = inputs(50, 517, 70)
+    c_lse = torch.randn(50, generator=torch.Generator().manual_seed(3))
+    exact = []
+    for x, w in ((hidden, weight), (hidden.double(), weight.double())):
+        z = (x @ w.T) / 0.7
+        logp_all, kept = z.log_softmax(1), target != -100
+        logp = logp_all.gather(1, target.clamp(min=0)[:, None])[:, 0]
+        entropy = -(logp_all.exp() * logp_all).sum(1)
+        loss = (kept * (c * logp + c_entropy * entropy + c_lse * z.logsumexp(1))).sum()
+        exact.append(torch.autograd.grad(loss, (hidden, weight)))
+    out = logprob_with_lse(hidden, weight, target, temperature=0.7, grad_eps=grad_eps)
+    loss = (c * out.logp + c_entropy * out.entropy + c_lse * out.lse).sum()
+    for got, *others in zip(torch.autograd.grad(loss, (hidden, weight)), *exact, strict=True):
+        assert_as_good_as_torch(got, *others, "gradient")
+    out = logprob_with_lse(hidden, weight, target, grad_eps=grad_eps)
+    (d_weight,) = torch.autograd.grad((c * (out.logp + out.lse)).sum(), weight)
+    assert not d_weight[[v for v in range(517) if v not in target]].any()
+    assert not linear_logprob(hidden, weight, target).lse.requires_grad
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight, target, _, _ = inputs(9, 517, 70)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(linear_logprob(hidden, weight, target).logp.sum(), hidden,
+                            create_graph=True)  # fmt: skip
+
+
+def test_compiled_a_target_out_of_range_is_nan_in_all_outputs_and_gradients():
+    hidden, weight, target, _, _ = inputs(9, 517, 70, ignored=0.0)
+    target[4] = 517
+    out = torch.compile(linear_logprob, backend="aot_eager", fullgraph=True)(hidden, weight, target)
+    for t in out[:4]:
+        assert t.isnan().nonzero().tolist() == [[4]]
+    out.entropy.sum().backward()
+    assert hidden.grad[4].isnan().all() and not hidden.grad[5].isnan().any()
+
+
+def test_the_chunked_ops_do_not_run_in_autocasts_dtype():
+    hidden, weight, target, c, _ = inputs(30, 517, 70, ignored=0.0)
+    args = (hidden.detach(), weight.detach(), target, None, 1.0, 0.0, 0.0, None, None, [])
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logp, entropy, lse, *_ = chunked.lm_head_forward(*args)
+            grads = chunked.lm_head_backward(
+                c, None, None, *args[:4], lse, entropy, *torch.zeros(2, 0), 1.0, 0.0, 0.0, False,
+                True, True, False, False,
+            )  # fmt: skip
+        results.append((logp, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_no_grad_needs_no_seed():
     hidden, weight, target, _, _ = inputs(9, 517, 70)
     before = torch.get_rng_state()
@@ -295,7 +351,8 @@ BAD = [
     (dict(target=torch.tensor([0, 5, 1])), ValueError, r"target: expected values in \[0, 5\) .* 5"),
     (dict(target=torch.tensor([0, -1, 1])), ValueError, r"target: expected values in .* got -1"),
     (dict(target=[0, 1, 2]), TypeError, "target: expected a Tensor, got list"),
-    (dict(bias=torch.zeros(4)), ValueError, r"bias: expected floating \[5\]"),
+    (dict(bias=torch.zeros(4)), ValueError, r"bias: expected \[5\]"),
+    (dict(bias=torch.zeros(5).double()), TypeError, "bias: expected bfloat16, float16 or float32"),
     (dict(lse_ref=torch.zeros(2)), ValueError, r"lse_ref: expected \[3\]"),
     (dict(temperature=0.0), ValueError, "temperature: expected a positive number, got 0.0"),
     (dict(temperature=float("nan")), ValueError, "temperature: expected a positive number"),

@@ -25,8 +25,8 @@ TYPES = {
     **dict.fromkeys(["start", "index"], "*i32"),
     **dict.fromkeys(["place", "rows", "target", "seed", "begin", "end", "limit", "order"], "*i64"),
     **dict.fromkeys(["threshold", "stats", "target_logit", "logp", "entropy", "lse"], "*fp32"),
-    **dict.fromkeys(["sum_p2", "values", "grad_logp", "grad_entropy", "row_sq"], "*fp32"),
-    **dict.fromkeys(["sums", "scale"], "*fp32"),
+    **dict.fromkeys(["sum_p2", "values", "grad_logp", "grad_entropy", "grad_lse"], "*fp32"),
+    **dict.fromkeys(["row_sq", "sums", "scale"], "*fp32"),
     **dict.fromkeys(["num_rows", "num_words", "num_tiles_v", "num_owners", "V", "D"], "i32"),
     **dict.fromkeys(["x_stride", "w_stride", "source_stride", "first_column"], "i32"),
     **dict.fromkeys(["x_scale", "w_scale", "far_lse", "tail", "weights", "report"], "*fp32"),
@@ -117,9 +117,10 @@ def test_scan(architecture, dtype, stats, select, crowded):
     ("dtype", "crowded"), [("bf16", False), ("bf16", True), ("fp16", False), ("fp32", True)]
 )
 def test_dlogits(architecture, dtype, crowded):
-    entropy = dtype != "fp16"
-    absent = () if entropy else ("grad_entropy",)
-    check_tile(backward.dlogits_kernel, architecture, dtype, {"HAS_ENTROPY": entropy},
+    everything = dtype != "fp16"
+    absent = () if everything else ("grad_entropy", "grad_lse")
+    check_tile(backward.dlogits_kernel, architecture, dtype,
+               {"HAS_ENTROPY": everything, "HAS_LSE": everything},
                crowded=crowded, absent=absent)  # fmt: skip
 
 
@@ -132,12 +133,12 @@ def test_row(architecture, dtype, bytes_per_number, D, in_registers):
     options = (config.row if in_registers else config.pieces).options(D, bytes_per_number)
     num_warps = options.pop("num_warps")
     everything = dtype != "fp16"
-    switches = dict.fromkeys(["HAS_BIAS", "HAS_ENTROPY", "SOFTCAP"], everything)
+    switches = dict.fromkeys(["HAS_BIAS", "HAS_ENTROPY", "HAS_LSE", "SOFTCAP"], everything)
     constants = {"SUM": in_registers, "WEIGHTED": dtype == "bf16", **switches}
     absent = (
         ([] if dtype == "bf16" else ["weights"])
         + ([] if in_registers else ["dx"])
-        + ([] if everything else ["bias", "grad_entropy"])
+        + ([] if everything else ["bias", "grad_entropy", "grad_lse"])
     )
     check(backward.row_kernel, architecture, dtype, constants | options, num_warps, absent=absent)
 
@@ -199,7 +200,7 @@ def test_sizes_of_one():
             "EVEN_D": False}  # fmt: skip
     bits = {"BLOCK_N": 2, "BLOCK_W": 1}
     on = {"HAS_BIAS": True, "SOFTCAP": True}
-    entropy = {"HAS_ENTROPY": True}
+    entropy = {"HAS_ENTROPY": True, "HAS_LSE": True}
     for kernel, constants in (
         (forward.scan_kernel, {**tile, **on, "STATS": True, "SELECT": True, "FLAT": False}),
         (forward.combine_kernel, {"BLOCK_N": 32, "BLOCK_T": 32}),

@@ -62,21 +62,22 @@ class Case:
     softcap: float
     c: torch.Tensor
     c_entropy: torch.Tensor | None
+    c_lse: torch.Tensor | None
 
     @classmethod
     def random(cls, N, V, D, dtype=FP32, bias=False, temperature=1.0, softcap=0.0,
-               entropy=False, scale=2.0, seed=0):  # fmt: skip
+               entropy=False, lse=False, scale=2.0, seed=0):  # fmt: skip
         """Logits of standard deviation `scale`; every 5th row ignored, every 4th without c."""
         g = torch.Generator(DEVICE).manual_seed(seed)
         hidden = torch.randn(N, D, generator=g)
         weight = torch.randn(V, D, generator=g) * (scale / math.sqrt(D))
         target = torch.randint(V, (N,), generator=g)
         target[4::5] = -1
-        c, c_entropy = torch.randn(N, generator=g), torch.randn(N, generator=g)
-        c[3::4] = c_entropy[3::4] = 0.0
+        c, c_entropy, c_lse = torch.randn(3, N, generator=g)
+        c[3::4] = c_entropy[3::4] = c_lse[3::4] = 0.0
         b = torch.randn(V, generator=g).to(dtype) if bias else None
         return cls(hidden.to(dtype), weight.to(dtype), target, b, temperature, softcap,
-                   c, c_entropy if entropy else None)  # fmt: skip
+                   c, c_entropy if entropy else None, c_lse if lse else None)  # fmt: skip
 
     def dense(self, dtype):
         """Plain PyTorch in a dtype: (logp, entropy, lse, sum_p2), (d_hidden, d_weight, d_bias)."""
@@ -99,8 +100,11 @@ class Case:
         loss = (logp * self.c * kept).sum()
         if self.c_entropy is not None:
             loss = loss + (entropy * self.c_entropy * kept).sum()
+        lse = z.logsumexp(1)
+        if self.c_lse is not None:
+            loss = loss + (lse * self.c_lse * kept).sum()
         loss.backward()
-        outputs = (logp, entropy, z.logsumexp(1), p.square().sum(1))
+        outputs = (logp, entropy, lse, p.square().sum(1))
         return [torch.where(kept, o, 0.0).detach() for o in outputs], [
             t.grad for t in leaves if t is not None
         ]
@@ -118,9 +122,10 @@ class Case:
     def backward(self, forward, grad_eps=0.0, seed=1, hidden=True, weight=True, row_sq=True):
         _, entropy, lse, _, active, report = forward
         return lm_head_backward.lm_head_backward(
-            self.c, self.c_entropy, self.hidden, self.weight, self.target, self.bias, lse, entropy,
-            active, torch.tensor([seed]) if grad_eps else None, self.temperature, self.softcap,
-            grad_eps, len(report) > 0, hidden, weight, self.bias is not None and weight, row_sq,
+            self.c, self.c_entropy, self.c_lse, self.hidden, self.weight, self.target, self.bias,
+            lse, entropy, active, torch.tensor([seed]) if grad_eps else None, self.temperature,
+            self.softcap, grad_eps, len(report) > 0, hidden, weight,
+            self.bias is not None and weight, row_sq,
         )  # fmt: skip
 
 
@@ -142,7 +147,7 @@ def check(case, grad_eps=0.0, lse_ref=None, magnitude=0.0):
     assert error(gradients[3], squares) <= FLOOR[FP32]
 
 
-FEATURES = {"bias": True, "temperature": 0.7, "softcap": 15.0, "entropy": True}
+FEATURES = {"bias": True, "temperature": 0.7, "softcap": 15.0, "entropy": True, "lse": True}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +160,7 @@ FEATURES = {"bias": True, "temperature": 0.7, "softcap": 15.0, "entropy": True}
         (193, 517, 8, FP32, {"entropy": True}),
         (193, 517, 576, BF16, {"bias": True}),
         (5, 4099, 8, FP16, {"temperature": 0.5}),
-        (193, 2, 70, BF16, {"softcap": 5.0}),
+        (193, 2, 70, BF16, {"softcap": 5.0, "lse": True}),
     ],
 )
 @pytest.mark.parametrize("mode", ["exact", "sparse"])
@@ -285,6 +290,37 @@ def test_strided_inputs():
     case.weight = torch.nn.functional.pad(case.weight, (0, 3))[:, :8]
     got = case.backward(case.forward(2**-6), 2**-6)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("grad_eps", [0.0, 2**-6])
+def test_inputs_that_lie_in_another_order(grad_eps):
+    """Columns side by side, every second column, or one row for all."""
+    case = Case.random(17, 130, 8, FP32)
+    case.hidden[:] = case.hidden[:1]
+    codes = lm_head_screen.quantize_rows(case.weight, torch.int8)
+    want = [*case.forward(grad_eps), *case.backward(case.forward(grad_eps), grad_eps), *codes]
+    weight = case.weight
+    for hidden, w in (
+        (case.hidden.T.contiguous().T, weight.T.contiguous().T),
+        (case.hidden.repeat_interleave(2, 1)[:, ::2], weight.repeat_interleave(2, 1)[:, ::2]),
+        (case.hidden[:1].expand(17, 8), weight),
+    ):
+        case.hidden, case.weight = hidden, w
+        codes = lm_head_screen.quantize_rows(w, torch.int8)
+        got = [*case.forward(grad_eps), *case.backward(case.forward(grad_eps), grad_eps), *codes]
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_default_dtype_is_not_taken_over(monkeypatch):
+    case = Case.random(17, 130, 8, BF16)
+    want = [*case.backward(case.forward()), *lm_head_screen.quantize_rows(case.weight, torch.int8)]
+    torch.set_default_dtype(BF16)
+    try:
+        got = case.backward(case.forward())
+        got += tuple(lm_head_screen.quantize_rows(case.weight, torch.int8))
+    finally:
+        torch.set_default_dtype(FP32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 # -- random tail ----------------------------------------------------------------------------------

@@ -9,19 +9,12 @@
 namespace dgg {
 namespace {
 
-// The transition finds its places in the state by what is written there.
 double* checked(const Tensor& state) {
   check_state(state);
   STD_TORCH_CHECK(state.is_cpu(), "gate state: expected it on the CPU");
   double* s = static_cast<double*>(state.mutable_data_ptr());
-  const double largest = (double)state.numel();
-  bool ok = s[WINDOW_SIZE] >= 1 && s[WINDOW_SIZE] <= largest && s[MINI_BATCHES] >= 1 &&
-            s[MINI_BATCHES] <= largest &&
-            state.numel() == state_size((int64_t)s[WINDOW_SIZE], (int64_t)s[MINI_BATCHES]) &&
-            s[POSITION] >= 0 && s[POSITION] <= 0x1p53;
-  for (const Statistic which : {INCREMENT, LEVEL})
-    ok = ok && tracker(s, which)[NEXT] >= 0 && tracker(s, which)[NEXT] < s[WINDOW_SIZE];
-  STD_TORCH_CHECK(ok, "gate state: expected sizes and places as a gate writes them");
+  STD_TORCH_CHECK(is_sound(s, state.numel()),
+                  "gate state: expected sizes and places as a gate writes them");
   return s;
 }
 
@@ -45,6 +38,7 @@ void decide_cpu(Tensor state, const Tensor& signal, bool squares,
                 const std::optional<Tensor>& total_norm, double max_grad_norm, Tensor found_inf,
                 Tensor grad_scale, const std::optional<Tensor>& header, int64_t phase) {
   double* s = checked(state);
+  check_decision(max_grad_norm, phase);
   check_scalar(found_inf, "found_inf", state);
   check_scalar(grad_scale, "grad_scale", state);
   STD_TORCH_CHECK(signal.is_cpu() && signal.is_contiguous() && (squares || signal.numel() == 1),

@@ -24,12 +24,16 @@ void addmm(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate)
 
 // dL/d(h . W_v) of one entry. p: the probability its p-terms are weighted by (see docs/lm_head.md).
 struct LogitGradient {
-  const float *c, *c_entropy, *lse, *entropy;  // c_entropy may be null
+  const float *c, *c_entropy, *c_lse, *lse, *entropy;  // c_entropy and c_lse may be null
   float temperature, softcap;
 
-  bool works(int64_t i) const { return c[i] != 0 || (c_entropy && c_entropy[i] != 0); }
+  bool works(int64_t i) const {
+    return c[i] != 0 || (c_entropy && c_entropy[i] != 0) || (c_lse && c_lse[i] != 0);
+  }
+  // What every probability is multiplied by: a log-prob goes down with lse.
+  float of_p(int64_t i) const { return c_lse ? c[i] - c_lse[i] : c[i]; }
   float operator()(int64_t i, float z, float weighted_p, bool is_target) const {
-    float g = -c[i] * weighted_p;
+    float g = -of_p(i) * weighted_p;
     if (c_entropy) g -= c_entropy[i] * weighted_p * (std::max(z - lse[i], -1e4f) + entropy[i]);
     if (is_target) g += c[i];
     if (softcap != 0) {
@@ -230,7 +234,7 @@ void backward_dense(const Inputs& in, Head& head, const LogitGradient& gradient,
             float* row = z + k * at.columns;
             const bool has_target = y >= 0 && y < at.columns;
             const float z_target = has_target ? row[y] : 0.0f;
-            dense_gradient(row, at.columns, gradient.c[i],
+            dense_gradient(row, at.columns, gradient.of_p(i),
                            gradient.c_entropy ? gradient.c_entropy[i] : 0.0f, gradient.lse[i],
                            gradient.entropy[i], gradient.temperature, gradient.softcap);
             if (has_target)
@@ -275,19 +279,22 @@ const float* coefficients(const Tensor& t, int64_t n, const char* name) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
-    const Tensor& grad_logp, const std::optional<Tensor>& grad_entropy, const Tensor& hidden,
-    const Tensor& weight, const Tensor& target, const std::optional<Tensor>& bias,
-    const Tensor& lse, const Tensor& entropy, const Tensor& active,
-    const std::optional<Tensor>& seed, double temperature, double softcap, double grad_eps,
+    const Tensor& grad_logp, const std::optional<Tensor>& grad_entropy,
+    const std::optional<Tensor>& grad_lse, const Tensor& hidden, const Tensor& weight,
+    const Tensor& target, const std::optional<Tensor>& bias, const Tensor& lse,
+    const Tensor& entropy, const Tensor& active, const std::optional<Tensor>& seed,
+    double temperature, double softcap, double grad_eps,
     bool /* screened: entries have their weights */, bool need_hidden, bool need_weight,
     bool need_bias, bool need_row_sq) {
   const Inputs in(hidden, weight, target);
   Head head(weight, bias, temperature, softcap);
   const Tensor c = torch::stable::contiguous(grad_logp);
-  std::optional<Tensor> c_entropy;
+  std::optional<Tensor> c_entropy, c_lse;
   if (grad_entropy) c_entropy = torch::stable::contiguous(*grad_entropy);
+  if (grad_lse) c_lse = torch::stable::contiguous(*grad_lse);
   const LogitGradient gradient{coefficients(c, in.n, "grad_logp"),
                                c_entropy ? coefficients(*c_entropy, in.n, "grad_entropy") : nullptr,
+                               c_lse ? coefficients(*c_lse, in.n, "grad_lse") : nullptr,
                                coefficients(lse, in.n, "lse"),
                                coefficients(entropy, in.n, "entropy"),
                                head.temperature,

@@ -21,9 +21,9 @@ namespace {
 constexpr int THREADS = 1024;
 
 template <typename T>
-__global__ void decide_kernel(double* state, const T* signal, int64_t count, bool squares,
-                              const float* total_norm, double max_grad_norm, float* found_inf,
-                              float* grad_scale, double* header, int64_t phase) {
+__global__ void decide_kernel(double* state, int64_t size, const T* signal, int64_t count,
+                              bool squares, const float* total_norm, double max_grad_norm,
+                              float* found_inf, float* grad_scale, double* header, int64_t phase) {
   __shared__ double partial[THREADS];
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += THREADS) sum += (double)signal[i];
@@ -34,11 +34,13 @@ __global__ void decide_kernel(double* state, const T* signal, int64_t count, boo
     __syncthreads();
   }
   if (threadIdx.x != 0) return;
+  *found_inf = *grad_scale = 1.0f;
+  if (!is_sound(state, size)) return;  // shut: the host, which alone can tell, does not wait
   const double norm = total_norm ? (double)*total_norm : NAN;
   const double energy = squares ? sqrt(partial[0]) : partial[0];
   gate_decide(state, (Phase)phase, energy, norm, total_norm != nullptr);
   *found_inf = (float)state[SHUT];
-  *grad_scale = total_norm && state[SHUT] == 0 ? clip_divisor(norm, max_grad_norm) : 1.0f;
+  if (total_norm && state[SHUT] == 0) *grad_scale = clip_divisor(norm, max_grad_norm);
   if (header == nullptr) return;
   // The batch last: a host that sees this batch's number sees this batch's latch.
   for (int slot = 0; slot < HEADER_SIZE; ++slot)
@@ -47,7 +49,9 @@ __global__ void decide_kernel(double* state, const T* signal, int64_t count, boo
   header[BATCHES] = state[BATCHES];
 }
 
-__global__ void new_batch_kernel(double* state, float* found_inf) {
+__global__ void new_batch_kernel(double* state, int64_t size, float* found_inf) {
+  *found_inf = 1.0f;
+  if (!is_sound(state, size)) return;
   gate_new_batch(state);
   *found_inf = 0.0f;
 }
@@ -65,12 +69,17 @@ void check_launch(const char* name) {
   STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
 }
 
-void new_batch_cuda(Tensor state, Tensor found_inf) {
+void check_cuda_state(const Tensor& state) {
   check_state(state);
+  STD_TORCH_CHECK(state.is_cuda(), "gate state: expected it on a CUDA device");
+}
+
+void new_batch_cuda(Tensor state, Tensor found_inf) {
+  check_cuda_state(state);
   check_scalar(found_inf, "found_inf", state);
   torch::stable::accelerator::DeviceGuard guard(state.get_device_index());
   new_batch_kernel<<<1, 1, 0, current_stream(state)>>>(
-      static_cast<double*>(state.mutable_data_ptr()),
+      static_cast<double*>(state.mutable_data_ptr()), state.numel(),
       static_cast<float*>(found_inf.mutable_data_ptr()));
   check_launch("gate_new_batch");
 }
@@ -78,17 +87,20 @@ void new_batch_cuda(Tensor state, Tensor found_inf) {
 void decide_cuda(Tensor state, const Tensor& signal, bool squares,
                  const std::optional<Tensor>& total_norm, double max_grad_norm, Tensor found_inf,
                  Tensor grad_scale, std::optional<Tensor> header, int64_t phase) {
-  check_state(state);
+  check_cuda_state(state);
+  check_decision(max_grad_norm, phase);
   check_scalar(found_inf, "found_inf", state);
   check_scalar(grad_scale, "grad_scale", state);
-  STD_TORCH_CHECK(signal.is_contiguous() && (squares || signal.numel() == 1),
-                  "signal: expected contiguous partial squares, or one value");
+  STD_TORCH_CHECK(
+      same_device(signal, state) && signal.is_contiguous() && (squares || signal.numel() == 1),
+      "signal: expected contiguous partial squares, or one value, on the state's device");
   if (total_norm) check_scalar(*total_norm, "total_norm", state);
   if (header) check_state(*header);
+  STD_TORCH_CHECK(!header || header->is_cpu(), "header: expected pinned memory of the host");
   torch::stable::accelerator::DeviceGuard guard(state.get_device_index());
   auto launch = [&](auto* x) {
     decide_kernel<<<1, THREADS, 0, current_stream(state)>>>(
-        static_cast<double*>(state.mutable_data_ptr()), x, signal.numel(), squares,
+        static_cast<double*>(state.mutable_data_ptr()), state.numel(), x, signal.numel(), squares,
         total_norm ? static_cast<const float*>(total_norm->const_data_ptr()) : nullptr,
         max_grad_norm, static_cast<float*>(found_inf.mutable_data_ptr()),
         static_cast<float*>(grad_scale.mutable_data_ptr()),

@@ -178,7 +178,8 @@ def patch_lm_head(
         model: Any, labels: Tensor, scale: float, *args: Any, **inputs: Any
     ) -> LogprobOutput:
         head = CausalHead(model)
-        hidden = head.decoder(*args, **inputs, use_cache=False).last_hidden_state
+        inputs |= {"use_cache": False, "return_dict": True}
+        hidden = head.decoder(*args, **inputs).last_hidden_state
         # Position t predicts token t + 1, and the last one nothing that is known.
         target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         autocast = torch.autocast(hidden.device.type, enabled=False)
