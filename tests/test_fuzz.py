@@ -256,8 +256,8 @@ def test_ops_called_directly(op, swaps):
     none = torch.zeros(0, dtype=torch.int32)
     arguments = {
         "lm_head_forward": [h, w, y, None, 1.0, 0.0, 0.0, None, None, []],
-        "lm_head_backward": [row, row, row, h, w, y, None, row, row, none, None, 1.0, 0.0, 0.0, False,
-                             True, True, False, True],
+        "lm_head_backward": [row, row, row, h, w, y, None, row, row, none, None, 1.0, 0.0, 0.0,
+                             False, True, True, False, True],
         "quantize_rows_cpu": [w, torch.zeros(4, 3, dtype=torch.int8), *torch.zeros(3, 4), None],
         "gate_new_batch": [gate._state, gate.found_inf],
         "gate_decide": [gate._state, torch.ones(4), True, None, 1.0, gate.found_inf,
