@@ -2,8 +2,11 @@
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
 
-A tiny GRU policy learns to write even numbers. Runs on CPUs (gloo) and on GPUs (NCCL).
+A tiny GRU policy learns to write even numbers. Runs on CPUs (gloo); written for GPUs (NCCL), too,
+one a process by its LOCAL_RANK, but not tested on them.
 """
+
+import os
 
 import torch
 import torch.distributed as dist
@@ -40,7 +43,10 @@ class Policy(nn.Module):
 
 def main():
     dist.init_process_group()
-    device = torch.device("cuda", dist.get_rank()) if torch.cuda.is_available() else "cpu"
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)  # for collectives without a tensor
     torch.manual_seed(0)
     policy = fully_shard(Policy().to(device))
     torch.manual_seed(1 + dist.get_rank())  # ranks sample different rollouts
