@@ -685,13 +685,15 @@ def test_nothing_reaches_the_host_between_new_batch_and_step(monkeypatch):
     gate.metrics()
 
 
-def test_grad_scaler_and_gate_skip_independently_and_only_inf_lowers_the_scale():
+@pytest.mark.parametrize("host_gate", [False, True])
+def test_grad_scaler_and_gate_skip_independently_and_only_inf_lowers_the_scale(host_gate):
+    """An optimizer that is not fused is not even asked to step where the scaler found an Inf."""
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 33, bias=False)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.1, fused=not host_gate)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     gate = GradientGate(GateConfig(threshold=math.inf), head.weight)
-    gate.attach(optimizer, max_grad_norm=0.01, scaler=scaler)
+    gate.attach(optimizer, max_grad_norm=0.01, scaler=scaler, host_gate=host_gate)
     x, y = torch.randn(16, 8), torch.randint(33, (16,))
     seen = []
     for shut, overflow in [(False, False), (True, False), (False, True), (False, False)]:
