@@ -43,13 +43,15 @@ EXACT_CHUNK_BYTES = 160 * 2**20
 
 @triton.jit
 def logit_gradient(
-    z, hit, weight, c, c_entropy, c_lse, lse, entropy, softcap, inv_temperature,
-    SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """dL/d(h . W_v + b_v) of logits z; `weight` is 1 / (probability of having been kept)."""
+    z, hit, weight, c, c_entropy, mass, lse, softcap, inv_temperature, SOFTCAP: tl.constexpr
+):
+    """dL/d(h . W_v + b_v) of logits z; `weight` is 1 / (probability of having been kept).
+
+    `mass`, c - c_lse + c_entropy entropy: of the row's factors, what the kernel keeps in registers.
+    """
     logp = z - lse
     p = tl.exp(logp)
-    slope = c - c_lse + c_entropy * (logp + entropy)
+    slope = mass + c_entropy * logp
     # 0 log 0 = 0: a banned token has no part.
     d = tl.where(hit, c, 0.0) - tl.where(p == 0.0, 0.0, weight * p * slope)
     if SOFTCAP:
@@ -78,22 +80,26 @@ def row_kernel(
     i = tl.program_id(0).to(tl.int64)
     y = tl.load(target + i)
     c = tl.load(grad_logp + i)
+    works = c != 0.0
+    mass = c
     c_entropy = 0.0
     if HAS_ENTROPY:
         c_entropy = tl.load(grad_entropy + i)
-    c_lse = 0.0
+        mass += c_entropy * tl.load(entropy + i)
+        works |= c_entropy != 0.0
     if HAS_LSE:
         c_lse = tl.load(grad_lse + i)
-    works = (y >= 0) & ((c != 0.0) | (c_entropy != 0.0) | (c_lse != 0.0))
+        mass -= c_lse
+        works |= c_lse != 0.0
+    works &= y >= 0
     num_entries = tl.where(works, tl.load(count + i), 0)
     first = tl.load(start + i).to(tl.int64)
     row_lse = tl.load(lse + i)
-    row_entropy = tl.load(entropy + i)
     above = tl.load(threshold + i)
     k = tl.arange(0, BLOCK_D)
     x_row = x + i * x_stride
     if SUM:
-        x_whole = tl.load(x_row + k, (k < D) & works, other=0.0).to(tl.float32)
+        x_whole = tl.load(x_row + k, k < tl.where(works, D, 0), other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK_D], tl.float32)
     for e in range(0, num_entries, ENTRIES):
         j = e + tl.arange(0, ENTRIES)
@@ -120,8 +126,8 @@ def row_kernel(
             weight = inverse_probability(z - above)
         hit = v == y
         weight = tl.where(hit, 1.0, weight)  # kept whatever its u
-        d_raw = logit_gradient(z, hit, weight, c, c_entropy, c_lse, row_lse, row_entropy,
-                               softcap, inv_temperature, SOFTCAP)  # fmt: skip
+        d_raw = logit_gradient(z, hit, weight, c, c_entropy, mass, row_lse, softcap,
+                               inv_temperature, SOFTCAP)  # fmt: skip
         if SUM:
             d_raw = tl.where(here, d_raw, 0.0)
             total += tl.sum(d_raw[:, None] * gathered, 0)
@@ -206,13 +212,13 @@ def dlogits_kernel(
         y = tl.load(target + row, valid, other=-1).to(tl.int32) - first_column
         c = tl.load(grad_logp + row, valid, other=0.0)[:, None]
         row_lse = tl.load(lse + row, valid, other=0.0)[:, None]
-        row_entropy = tl.load(entropy + row, valid, other=0.0)[:, None]
+        mass = c
         c_entropy = 0.0
         if HAS_ENTROPY:
             c_entropy = tl.load(grad_entropy + row, valid, other=0.0)[:, None]
-        c_lse = 0.0
+            mass += c_entropy * tl.load(entropy + row, valid, other=0.0)[:, None]
         if HAS_LSE:
-            c_lse = tl.load(grad_lse + row, valid, other=0.0)[:, None]
+            mass -= tl.load(grad_lse + row, valid, other=0.0)[:, None]
         slices = column_slices(scores, BLOCK_N, BLOCK_V, PARTS)
         for part in tl.static_range(PARTS):
             v = tile_v * BLOCK_V + part * SLICE + tl.arange(0, SLICE)
@@ -220,8 +226,8 @@ def dlogits_kernel(
             if HAS_BIAS:
                 raw += tl.load(bias + v, v < V, other=0.0).to(tl.float32)[None, :]
             z = scale_logits(raw, softcap, inv_temperature, SOFTCAP)
-            d_raw = logit_gradient(z, v[None, :] == y[:, None], 1.0, c, c_entropy, c_lse, row_lse,
-                                   row_entropy, softcap, inv_temperature, SOFTCAP)  # fmt: skip
+            d_raw = logit_gradient(z, v[None, :] == y[:, None], 1.0, c, c_entropy, mass, row_lse,
+                                   softcap, inv_temperature, SOFTCAP)  # fmt: skip
             # int64 for the tile's base, int32 within the tile: registers.
             base = out + (block * BLOCK_N).to(tl.int64) * V
             within = tl.arange(0, BLOCK_N)[:, None] * V + v[None, :]
