@@ -11,6 +11,7 @@ from torch import nn
 from trainer_toys import TINY, Digits, Echo
 
 from python_trainer.config import ConfigError
+from python_trainer.engine import TransformersEngine
 from python_trainer.files import read_metrics
 from python_trainer.loop import Progress, WarmStart, train
 from python_trainer.model import Policy, check_head, load_policy
@@ -60,6 +61,31 @@ def test_architectures_train(name, changes, tmp_path):
     if config.dtype == "float32":
         assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
         assert any(row["kl"] > 1e-4 for row in rows)
+
+
+def sampled(policy):
+    return TransformersEngine(policy).generate([[4, 5, 6], [7]], 12, 1.0, seed=0)
+
+
+def test_sampling_is_the_same_before_and_after_a_pass_with_gradient_checkpointing():
+    model = build("Llama")
+    model.gradient_checkpointing_enable()
+    policy = Policy(model, FittedTokenizer(128))
+    before = sampled(policy)
+    tokens_BT = torch.arange(4, 20).view(2, 8)
+    every_BT = torch.ones_like(tokens_BT)
+    config = replace(TINY, gradient_checkpointing=True)
+    policy(tokens_BT, every_BT, every_BT[:, 1:].bool(), config).out.logp.sum().backward()
+    assert sampled(policy) == before
+
+
+def test_a_models_own_generation_settings_do_not_touch_the_sampling():
+    expected = sampled(Policy(build("Llama"), FittedTokenizer(128)))
+    model = build("Llama")
+    settings = {"repetition_penalty": 9.0, "min_p": 0.9, "suppress_tokens": list(range(2, 60))}
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    assert sampled(Policy(model, FittedTokenizer(128))) == expected
 
 
 def test_adapters_train_and_the_gate_sees_the_frozen_head(tmp_path):
