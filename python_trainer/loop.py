@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,8 @@ class Run:
         key = f"{config.seed} train {progress.rollouts}"
         prompts = self.ranks.share(self.task.sample(config.prompts_per_batch, key))
         episodes = [example for example in prompts for _ in range(config.num_generations)]
-        first = self.ranks.rank * len(episodes) // config.generation_batch_size
+        # Of the first episode among all ranks': a whole number where one process has such a part.
+        first = Fraction(self.ranks.rank * len(episodes), config.generation_batch_size)
         with gathered(self.policy):
             self.engine.refresh()
             sampled = in_chunks(
@@ -321,9 +323,9 @@ class Run:
                 )
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
-        self.arm.gate.load_state_dict(
-            {"config": state["gate.config"], "state": state["gate.state"]}
-        )
+        # By which way the gate comes to its energy depends on the number of ranks.
+        gate = state["gate.config"] | {"accumulate": self.arm.gate.config.accumulate}
+        self.arm.gate.load_state_dict({"config": gate, "state": state["gate.state"]})
         self.arm.memory = state["arm.memory"]
         self.schedule.load_state_dict(state["schedule"])
         batch = {name.removeprefix("batch."): self.ranks.share(value).to(self.config.device)

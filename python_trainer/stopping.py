@@ -16,7 +16,7 @@ from torch import Tensor
 from dgg_kernels import GateConfig, GradientGate
 
 from .config import TrainConfig
-from .distributed import whole
+from .distributed import Ranks, whole
 from .model import Policy
 
 
@@ -243,7 +243,8 @@ def norm_of(parameter: Tensor) -> Tensor:
 
 def gate_config(config: TrainConfig, policy: Policy) -> GateConfig:
     """The gate of `config`'s arm: what `dgg_kernels.replay` needs to repeat its decisions."""
-    several = config.micro_batch_size is not None  # backward passes add up in .grad
+    # Backward passes, or ranks', add up in .grad.
+    several = config.micro_batch_size is not None or Ranks().world > 1
     frozen = not policy.head.weight.requires_grad
     return GateConfig(
         threshold=config.score.threshold if config.gate in GATED else math.inf,

@@ -17,13 +17,20 @@ from python_trainer.files import read_metrics
 SCRIPT = Path(__file__).with_name("distributed_trainer.py")
 
 
-def run(processes: int, parallel: str, out: Path, *updates: str, gate: str = "dgg") -> None:
+def run(
+    processes: int,
+    parallel: str,
+    out: Path,
+    *updates: str,
+    gate: str = "dgg",
+    model: str = "embedded",
+) -> None:
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)])
     subprocess.run(
-        [*command, str(SCRIPT), parallel, str(out), gate, *updates], check=True, timeout=240,
+        [*command, str(SCRIPT), parallel, str(out), gate, model, *updates], check=True, timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
     )  # fmt: skip
 
@@ -64,6 +71,15 @@ def test_two_processes_train_what_one_does(parallel, alone, tmp_path):
     shut = [row["gate/shut"] for row in read_metrics(tmp_path / "metrics.jsonl")
             if row["type"] == "update"]  # fmt: skip
     assert any(shut) and not all(shut)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_tied_heads_own_gradient_is_scored_by_two_processes_too(parallel, tmp_path):
+    """Not the embedding's with it; and one goes on with what two began."""
+    run(1, "ddp", tmp_path / "a", model="Llama, tied")
+    run(2, parallel, tmp_path / "b", "5", model="Llama, tied")
+    run(1, "ddp", tmp_path / "b", model="Llama, tied")
+    held_to(tmp_path / "b", tmp_path / "a")
 
 
 def test_a_backward_is_left_out_by_all_processes_or_none(tmp_path):

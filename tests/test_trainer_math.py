@@ -7,6 +7,7 @@ import pytest
 import torch
 from trainer_toys import TINY, Digits, Echo
 
+from python_trainer import loop
 from python_trainer.config import LOSSES, SCALES, ConfigError, TrainConfig
 from python_trainer.distributed import Ranks
 from python_trainer.engine import TransformersEngine
@@ -313,6 +314,35 @@ def test_log_ratios_by_the_sign_of_the_advantage_over_micro_batches(start, tmp_p
         chosen_BC = batch.mask_BC & chosen_B[:, None]
         mean = (logp_BC - batch.old_logp_BC)[chosen_BC].mean().item()
         assert row[f"log_ratio/{name}"] == pytest.approx(mean, rel=1e-3) and abs(mean) > 1e-4
+
+
+@pytest.mark.parametrize("size", [4, 8, 128])  # of a generation batch; 16 episodes in all
+def test_no_two_ranks_sample_with_the_same_seed(size, start, tmp_path, monkeypatch):
+    class Two(Ranks):
+        def __init__(self, world, rank):
+            self.world, self.rank = world, rank
+
+        def gather(self, x):
+            return torch.cat([x] * self.world)
+
+    keys = []
+
+    def watched(*args):
+        keys[-1].append(args[-1])
+        return play(*args)
+
+    monkeypatch.setattr(loop, "play", watched)
+    config = replace(TINY, generation_batch_size=size)
+    for world, rank in ((1, 0), (2, 0), (2, 1)):
+        run = Run(config, start, tmp_path / f"{world}.{rank}", Progress(), print, ())
+        run.ranks = Two(world, rank)
+        keys.append([])
+        run.draw()
+        run.log.close()
+    alone, *both = keys
+    assert alone == [f"{config.seed} train 0 {n}" for n in range(math.ceil(16 / size))]
+    assert not set(both[0]) & set(both[1])
+    assert size == 128 or [*both[0], *both[1]] == alone
 
 
 def test_a_pool_bounds_the_training_prompts_alone():
