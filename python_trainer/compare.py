@@ -129,7 +129,7 @@ def begin(asked: Plan, out: Path) -> None:
     make_task(first.task, first.task_options)
     check_model(first)
     check_parallel(first)
-    ranks = Ranks()
+    ranks = Ranks(first.device)
     if ranks.first:
         for path in [*out.glob("*/seed-*/checkpoints"), *out.glob("*/seed-*/metrics.jsonl"),
                      *(out / name for name in ("summary.json", "report.html")),
@@ -156,7 +156,7 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
         before the exception goes on.
     """
     asked = read_run(out)
-    ranks = Ranks()
+    ranks = Ranks(next(iter(asked.arms.values())).device)
     console = console if ranks.first else Console(quiet=True)
     runs: dict[tuple[str, int], Progress] = {}
     warmups: dict[str, dict[str, Any]] = _warmups_so_far(out)

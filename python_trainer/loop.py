@@ -137,7 +137,7 @@ class Run:
     ) -> None:
         torch.set_num_threads(config.threads)
         self.config, self.task, self.progress, self.warn = config, start.task, progress, warn
-        self.ranks, self.checkpoints = Ranks(), folder / "checkpoints"
+        self.ranks, self.checkpoints = Ranks(config.device), folder / "checkpoints"
         torch.manual_seed(config.seed + self.ranks.rank)
         self.policy = copy.deepcopy(start.policy)
         self.reference = start.policy if config.beta > 0 else None

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from python_trainer import checkpoint
+from python_trainer.distributed import Ranks
 from python_trainer.files import read_metrics
 
 SCRIPT = Path(__file__).with_name("distributed_trainer.py")
@@ -99,3 +100,15 @@ def test_two_processes_go_on_where_one_stopped_and_the_other_way_round(alone, tm
     run(2, "fsdp2", tmp_path / "b", "5")
     run(1, "ddp", tmp_path / "b")
     held_to(tmp_path / "b", alone)
+
+
+@pytest.mark.parametrize(("device", "taken"), [("cpu", []), ("cuda", [3])])
+def test_a_rank_takes_a_gpu_only_to_train_on_it(device, taken, monkeypatch):
+    """There may be fewer GPUs than ranks that train on the CPU."""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
+    assert Ranks(device).rank == 3 and found == taken
