@@ -8,7 +8,7 @@ import torch
 from trainer_toys import TINY, Digits, Echo
 
 from python_trainer import loop
-from python_trainer.config import LOSSES, SCALES, ConfigError, TrainConfig
+from python_trainer.config import LOSSES, SCALES, ConfigError, TaskError, TrainConfig
 from python_trainer.distributed import Ranks
 from python_trainer.engine import TransformersEngine
 from python_trainer.evaluate import Evaluator
@@ -71,11 +71,27 @@ def test_logprobs_are_those_of_the_unpadded_sequence(start, played):
 def test_sampling_follows_the_distribution(start):
     policy, n = start.policy, 4000
     prompt = policy.tokenizer.prompt("ab")
-    sampled = TransformersEngine(policy).generate([prompt] * n, 1, 0.7, seed=0)
+    sampled = TransformersEngine(policy).generate([prompt] * n, [1] * n, 0.7, seed=0)
     counts = torch.bincount(torch.tensor(sampled)[:, 0], minlength=TINY.vocab_size) / n
     with torch.no_grad():
         p = (policy.model(input_ids=torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1)
     assert (counts - p).abs().max() < 4 * math.sqrt(0.25 / n)
+
+
+def test_a_long_prompt_cuts_no_episode_but_its_own(start):
+    short, long, full = (Example("a" * n, None, ("12",)) for n in (1, 17, 19))
+    config, tokenizer = replace(TINY, max_context_length=20), start.policy.tokenizer
+    engine = TransformersEngine(start.policy)
+
+    def lengths(examples):
+        played = play(engine, tokenizer, Digits(), examples, config, "key")
+        return [len(t.ids) for t in played]
+
+    found = lengths([short, long, short] * 8)
+    assert max(found[1::3]) == 20 - 18  # one is the mark where a turn begins
+    assert max(found[::3]) == max(found[2::3]) == config.max_completion_length
+    with pytest.raises(TaskError, match=r"task digits: .* fewer than 20 tokens .* got one of 20$"):
+        lengths([short, full])
 
 
 def test_exact_accuracy_is_the_probability_of_the_answer(start):

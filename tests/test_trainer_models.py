@@ -64,7 +64,7 @@ def test_architectures_train(name, changes, tmp_path):
 
 
 def sampled(policy):
-    return TransformersEngine(policy).generate([[4, 5, 6], [7]], 12, 1.0, seed=0)
+    return TransformersEngine(policy).generate([[4, 5, 6], [7]], [12, 12], 1.0, seed=0)
 
 
 def test_sampling_is_the_same_before_and_after_a_pass_with_gradient_checkpointing():
