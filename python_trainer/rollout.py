@@ -104,7 +104,8 @@ def play(
     """One episode of each example, a turn of all of them at a time. `key` seeds the sampling.
 
     Raises:
-        TaskError: the environment raised, took longer than `task_timeout` or gave a bad reward.
+        TaskError: the environment raised, took longer than `task_timeout` or gave a bad reward;
+            or a prompt leaves no room for a turn.
     """
     with asking(task, config):
         episodes = [task.begin(example) for example in examples]

@@ -380,6 +380,8 @@ def test_shuffled_uses_are_those_of_the_other_run_in_another_order(start):
     used = [[sum(arm.allows(batch, use) for use in range(1, 20)) for batch in counts]
             for arm in arms]  # fmt: skip
     assert sorted(used[0]) == list(counts) and used[0] == used[1] != used[2]
+    with pytest.raises(ConfigError, match=r"use_counts: .* each of 6 rollout batches, got 5$"):
+        make_arm(replace(TINY, gate="shuffled", use_counts=counts[1:]), start.policy)
     within = replace(TINY, gate="shuffled", use_counts=counts, shuffle_within=4, seed=1)
     arm = make_arm(within, start.policy)
     assert sorted(arm.counts[:4]) == [1, 2, 3, 4] != arm.counts[:4] and arm.counts[4:] in (

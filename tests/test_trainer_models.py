@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 from dataclasses import replace
 
 import pytest
@@ -107,6 +108,18 @@ def test_adapters_train_and_the_gate_sees_the_frozen_head(tmp_path):
     progress = Progress()
     train(config, start, tmp_path / "b", progress)
     assert progress.finished and progress.updates_attempted == len(rows)
+
+
+@pytest.mark.parametrize("gate", ["global_norm", "middle_norm"])
+def test_norms_of_other_gradients_are_scored_where_the_head_is_frozen(gate, tmp_path):
+    pytest.importorskip("peft")
+    config = replace(TINY, gate=gate, gate_threshold=0.0, lora_rank=2)
+    policy = load_policy(config, texts(Digits(), 8, config))
+    train(config, WarmStart(Digits(), policy, WarmUp(0, 0.0, True)), tmp_path, Progress())
+    rows = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["type"] == "update"]
+    assert 0 < sum(row["gate/shut"] for row in rows) < len(rows)
+    assert any(row["gate/energy"] > 0 for row in rows)
+    assert all(math.isnan(row["gate/chi2_lower_bound"]) for row in rows)
 
 
 def test_a_head_that_is_not_linear_is_refused():
