@@ -32,6 +32,7 @@ from .model import Policy, load_policy
 from .rollout import Rollout, Sequences, Transcript, in_chunks, pack, play, texts
 from .stopping import ARMS, Arm
 from .tasks import Task
+from .trackers import Tracker
 from .warmup import WarmUp, warm_up
 from .watch import Watch
 
@@ -93,9 +94,11 @@ def train(
     progress: Progress,
     tick: Callable[[Progress], None] = lambda _: None,
     warn: Callable[[str], None] = print,
-    mirrors: Sequence[Callable[[Row], None]] = (),
+    mirrors: Sequence[Tracker] = (),
 ) -> None:
     """Train a copy of the warm start, from where `folder` says; rows go to its `metrics.jsonl`.
+
+    They go to `mirrors` as well, which are closed at the end, whatever ends it.
 
     Bit-reproducible for a seed, machine, torch version and number of processes, whether or not it
     was interrupted: prompts and samples depend on (seed, batch) alone, so that all arms meet the
@@ -106,21 +109,25 @@ def train(
         TaskError: the task's environment failed. What came before is in `folder`.
         CheckpointError: there are checkpoints, and none can be read.
     """
-    run = Run(config, start, folder, progress, warn, mirrors)
-    while not progress.finished:
-        if run.batch is not None:
-            if not run.use_again():
-                run.batch = None
-                tick(progress)
-        elif progress.rollouts < config.rollout_batches:
-            if progress.rollouts % config.eval_every == 0:
+    try:
+        run = Run(config, start, folder, progress, warn, mirrors)
+        while not progress.finished:
+            if run.batch is not None:
+                if not run.use_again():
+                    run.batch = None
+                    tick(progress)
+            elif progress.rollouts < config.rollout_batches:
+                if progress.rollouts % config.eval_every == 0:
+                    run.evaluate()
+                run.draw()
+            else:
                 run.evaluate()
-            run.draw()
-        else:
-            run.evaluate()
-            progress.finished = True
-        run.save_if_due()
-    run.log.close()
+                progress.finished = True
+            run.save_if_due()
+        run.log.close()
+    finally:
+        for mirror in mirrors:
+            mirror.close()
 
 
 class Run:
@@ -133,7 +140,7 @@ class Run:
         folder: Path,
         progress: Progress,
         warn: Callable[[str], None],
-        mirrors: Sequence[Callable[[Row], None]],
+        mirrors: Sequence[Tracker],
     ) -> None:
         torch.set_num_threads(config.threads)
         self.config, self.task, self.progress, self.warn = config, start.task, progress, warn

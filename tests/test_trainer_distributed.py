@@ -6,14 +6,20 @@ import math
 import os
 import subprocess
 import sys
+import types
+from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 import torch
+from trainer_toys import TINY, Digits, Fails
 
-from python_trainer import checkpoint
+from python_trainer import checkpoint, trackers
+from python_trainer.config import TaskError
 from python_trainer.distributed import Ranks
 from python_trainer.files import read_metrics
+from python_trainer.loop import Progress, prepare, train
 
 SCRIPT = Path(__file__).with_name("distributed_trainer.py")
 
@@ -112,3 +118,21 @@ def test_a_rank_takes_a_gpu_only_to_train_on_it(device, taken, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", found.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
     assert Ranks(device).rank == 3 and found == taken
+
+
+@pytest.mark.parametrize("task", [Digits, Fails])
+def test_the_first_rank_alone_has_trackers_and_closes_them(task, tmp_path, monkeypatch):
+    rows, ends = [], []
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    run = types.SimpleNamespace(log=rows.append, finish=lambda: ends.append(len(rows)))
+    monkeypatch.setattr(wandb, "init", lambda **_: run, raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("RANK", "1")
+    assert trackers.make(["wandb"], tmp_path) == []
+    monkeypatch.delenv("RANK")
+    start = prepare(TINY, task())
+    with nullcontext() if task is Digits else pytest.raises(TaskError):
+        train(TINY, start, tmp_path, Progress(), mirrors=trackers.make(["wandb"], tmp_path))
+    assert ends == [len(rows)] and len(rows) == len(read_metrics(tmp_path / "metrics.jsonl"))
+    assert rows[0]["eval/accuracy"] >= 0.0
