@@ -13,11 +13,12 @@ from python_trainer.distributed import Ranks
 from python_trainer.engine import TransformersEngine
 from python_trainer.evaluate import Evaluator
 from python_trainer.files import read_metrics
-from python_trainer.loop import Progress, Run, prepare
+from python_trainer.loop import Progress, Run, new_policy, prepare
 from python_trainer.loss import group_advantages, mask_truncated, policy_loss, token_shares
 from python_trainer.rollout import pack, play
 from python_trainer.stopping import ARMS, continue_probability
 from python_trainer.tasks import Example, make_task
+from python_trainer.warmup import warm_up
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,18 @@ def played(request, start):
     task = request.param()
     engine = TransformersEngine(start.policy)
     return play(engine, start.policy.tokenizer, task, task.sample(12, "0"), TINY, "key")
+
+
+def test_micro_batches_of_the_warm_up_add_up_to_its_batch():
+    rows, weights = [], []
+    for size in (None, 5):
+        policy = new_policy(TINY, Digits())
+        policy.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        config = replace(TINY, micro_batch_size=size, warmup_max_steps=3, grad_eps=0.0)
+        warm_up(policy, Digits(), config)
+        weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+    assert rows == 3 * [16] + 3 * [5, 5, 5, 1]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
 
 
 def test_what_counts_is_what_the_policy_wrote(start, played):

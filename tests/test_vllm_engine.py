@@ -330,7 +330,7 @@ def test_training_samples_from_the_server(stub, tmp_path):
     assert progress.finished and progress.updates_applied == 6
     # Before each of three batches, and at the end; the first evaluation had the first's weights.
     assert len(stub.pushes) == 4
-    rollouts = config.rollout_batches * config.sequences_per_batch
+    rollouts = config.rollout_batches * config.prompts_per_batch * config.num_generations
     evaluations = len(progress.accuracy) * config.eval_prompts
     assert len(stub.asked) == rollouts + evaluations
 
