@@ -29,12 +29,13 @@ from .config import CheckpointError, ConfigError, EngineError, TaskError, TrainC
 from .distributed import Ranks, check_parallel
 from .engine import make_engine
 from .evaluate import Evaluator, shown
-from .files import Row, commit, read_metrics, use_counts, versions, write_json
+from .files import commit, read_metrics, use_counts, versions, write_json
 from .loop import Progress, WarmStart, load_weights, prepare, train
 from .model import check_model
 from .results import last_quarter
 from .rollout import play
 from .tasks import make_task
+from .trackers import Tracker
 
 # What an arm changes in the shared configuration. DGG and its controls may go up to K=8, where
 # fixed re-use is at its most harmful: the rule, not the cap, must do the stopping.
@@ -50,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "zclip",
     )},
 }  # fmt: skip
-Mirrors = Callable[[Path], "list[Callable[[Row], None]]"]
+Mirrors = Callable[[Path], list[Tracker]]
 DEFAULT_ARMS = ("single_use", "fixed_k4", "fixed_k8", "dgg", "random", "gain")
 
 
@@ -129,7 +130,7 @@ def begin(asked: Plan, out: Path) -> None:
     make_task(first.task, first.task_options)
     check_model(first)
     check_parallel(first)
-    ranks = Ranks()
+    ranks = Ranks(first.device)
     if ranks.first:
         for path in [*out.glob("*/seed-*/checkpoints"), *out.glob("*/seed-*/metrics.jsonl"),
                      *(out / name for name in ("summary.json", "report.html")),
@@ -156,7 +157,7 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
         before the exception goes on.
     """
     asked = read_run(out)
-    ranks = Ranks()
+    ranks = Ranks(next(iter(asked.arms.values())).device)
     console = console if ranks.first else Console(quiet=True)
     runs: dict[tuple[str, int], Progress] = {}
     warmups: dict[str, dict[str, Any]] = _warmups_so_far(out)

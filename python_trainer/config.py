@@ -246,10 +246,6 @@ class TrainConfig:
             factor *= max(0.0, 1.0 - applied / self.lr_decay)
         return factor
 
-    @property
-    def sequences_per_batch(self) -> int:
-        return self.prompts_per_batch * self.num_generations
-
     def _integer(self, name: str, at_least: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < at_least:

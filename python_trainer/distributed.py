@@ -22,13 +22,17 @@ from .model import Policy
 
 
 class Ranks:
-    """The processes of this run; on its own, one."""
+    """The processes of this run; on its own, one. The first call joins them.
 
-    def __init__(self) -> None:
+    Args:
+        device: what they train on. Of CUDA devices each takes its own.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-            if torch.cuda.is_available():
+            if torch.device(device).type == "cuda":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group()
 

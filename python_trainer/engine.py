@@ -20,9 +20,9 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[list[int]], max_tokens: int, temperature: float, seed: int
+        self, prompts: Sequence[list[int]], limits: Sequence[int], temperature: float, seed: int
     ) -> list[list[int]]:
-        """New tokens of each prompt, up to and with eos, or `max_tokens` of them."""
+        """New tokens of each prompt, up to and with eos, or as many as its limit."""
         ...
 
 
@@ -40,7 +40,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[list[int]], max_tokens: int, temperature: float, seed: int
+        self, prompts: Sequence[list[int]], limits: Sequence[int], temperature: float, seed: int
     ) -> list[list[int]]:
         from transformers import GenerationConfig
 
@@ -48,7 +48,7 @@ class TransformersEngine:
         tokens_BT, attention_BT = pad_left(prompts, tokenizer.pad)
         device = policy.head.weight.device
         settings = GenerationConfig(
-            do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_tokens,
+            do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max(limits),
             eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad,
         )  # fmt: skip
         devices = [device] if device.type == "cuda" else []
@@ -61,7 +61,7 @@ class TransformersEngine:
                 synced_gpus=False,  # ranks have different episodes; whole weights need no company
             )  # fmt: skip
         new_BC = sampled_BT[:, tokens_BT.shape[1] :].tolist()
-        return [_until(row, tokenizer.eos) for row in new_BC]
+        return [_until(row[:n], tokenizer.eos) for row, n in zip(new_BC, limits, strict=True)]
 
 
 def make_engine(policy: Policy, config: TrainConfig) -> Engine:

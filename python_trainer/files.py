@@ -115,11 +115,6 @@ def per_batch(rows: list[Row], key: str) -> dict[int, list[float]]:
     return batches
 
 
-def energies(rows: list[Row]) -> list[list[float]]:
-    """Gate energies by rollout batch, in the form that `dgg_kernels.replay` takes."""
-    return list(per_batch(updates(rows), "gate/energy").values())
-
-
 def use_counts(rows: list[Row]) -> list[int]:
     """Applied updates of each rollout batch."""
     shut = per_batch(updates(rows), "gate/shut").values()

@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .model import Policy, load_policy
 from .rollout import Rollout, Sequences, Transcript, in_chunks, pack, play, texts
 from .stopping import ARMS, Arm
 from .tasks import Task
+from .trackers import Tracker
 from .warmup import WarmUp, warm_up
 from .watch import Watch
 
@@ -92,9 +94,11 @@ def train(
     progress: Progress,
     tick: Callable[[Progress], None] = lambda _: None,
     warn: Callable[[str], None] = print,
-    mirrors: Sequence[Callable[[Row], None]] = (),
+    mirrors: Sequence[Tracker] = (),
 ) -> None:
     """Train a copy of the warm start, from where `folder` says; rows go to its `metrics.jsonl`.
+
+    They go to `mirrors` as well, which are closed at the end, whatever ends it.
 
     Bit-reproducible for a seed, machine, torch version and number of processes, whether or not it
     was interrupted: prompts and samples depend on (seed, batch) alone, so that all arms meet the
@@ -105,21 +109,25 @@ def train(
         TaskError: the task's environment failed. What came before is in `folder`.
         CheckpointError: there are checkpoints, and none can be read.
     """
-    run = Run(config, start, folder, progress, warn, mirrors)
-    while not progress.finished:
-        if run.batch is not None:
-            if not run.use_again():
-                run.batch = None
-                tick(progress)
-        elif progress.rollouts < config.rollout_batches:
-            if progress.rollouts % config.eval_every == 0:
+    try:
+        run = Run(config, start, folder, progress, warn, mirrors)
+        while not progress.finished:
+            if run.batch is not None:
+                if not run.use_again():
+                    run.batch = None
+                    tick(progress)
+            elif progress.rollouts < config.rollout_batches:
+                if progress.rollouts % config.eval_every == 0:
+                    run.evaluate()
+                run.draw()
+            else:
                 run.evaluate()
-            run.draw()
-        else:
-            run.evaluate()
-            progress.finished = True
-        run.save_if_due()
-    run.log.close()
+                progress.finished = True
+            run.save_if_due()
+        run.log.close()
+    finally:
+        for mirror in mirrors:
+            mirror.close()
 
 
 class Run:
@@ -132,11 +140,11 @@ class Run:
         folder: Path,
         progress: Progress,
         warn: Callable[[str], None],
-        mirrors: Sequence[Callable[[Row], None]],
+        mirrors: Sequence[Tracker],
     ) -> None:
         torch.set_num_threads(config.threads)
         self.config, self.task, self.progress, self.warn = config, start.task, progress, warn
-        self.ranks, self.checkpoints = Ranks(), folder / "checkpoints"
+        self.ranks, self.checkpoints = Ranks(config.device), folder / "checkpoints"
         torch.manual_seed(config.seed + self.ranks.rank)
         self.policy = copy.deepcopy(start.policy)
         self.reference = start.policy if config.beta > 0 else None
@@ -173,7 +181,8 @@ class Run:
         key = f"{config.seed} train {progress.rollouts}"
         prompts = self.ranks.share(self.task.sample(config.prompts_per_batch, key))
         episodes = [example for example in prompts for _ in range(config.num_generations)]
-        first = self.ranks.rank * len(episodes) // config.generation_batch_size
+        # Of the first episode among all ranks': a whole number where one process has such a part.
+        first = Fraction(self.ranks.rank * len(episodes), config.generation_batch_size)
         with gathered(self.policy):
             self.engine.refresh()
             sampled = in_chunks(
@@ -321,9 +330,9 @@ class Run:
                 )
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
-        self.arm.gate.load_state_dict(
-            {"config": state["gate.config"], "state": state["gate.state"]}
-        )
+        # By which way the gate comes to its energy depends on the number of ranks.
+        gate = state["gate.config"] | {"accumulate": self.arm.gate.config.accumulate}
+        self.arm.gate.load_state_dict({"config": gate, "state": state["gate.state"]})
         self.arm.memory = state["arm.memory"]
         self.schedule.load_state_dict(state["schedule"])
         batch = {name.removeprefix("batch."): self.ranks.share(value).to(self.config.device)

@@ -34,6 +34,8 @@ class Policy(nn.Module):
     """A transformers causal LM and its tokenizer. `forward` never makes logits."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
+        from transformers import GenerationConfig
+
         from dgg_kernels.integrations.transformers import CausalHead
 
         super().__init__()
@@ -42,6 +44,8 @@ class Policy(nn.Module):
             self._head = CausalHead(model)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        # `generate` takes from here what it is not told: a penalty, say, that no log-prob knows.
+        self._head.model.generation_config = GenerationConfig()
 
     @property
     def head(self) -> nn.Linear:
@@ -88,6 +92,8 @@ class Policy(nn.Module):
             position_ids=positions(attention_BT),
             use_cache=False,
         ).last_hidden_state
+        for layer in self.layers:
+            layer.training = False  # or it would forget all earlier tokens in `generate`
         hidden_BCD = hidden_BTD[:, -width - 1 : -1]
         out = self._head.logprob(
             hidden_BCD,

@@ -104,7 +104,8 @@ def play(
     """One episode of each example, a turn of all of them at a time. `key` seeds the sampling.
 
     Raises:
-        TaskError: the environment raised, took longer than `task_timeout` or gave a bad reward.
+        TaskError: the environment raised, took longer than `task_timeout` or gave a bad reward;
+            or a prompt leaves no room for a turn.
     """
     with asking(task, config):
         episodes = [task.begin(example) for example in examples]
@@ -113,14 +114,15 @@ def play(
     turn = 0
     while open_:
         inputs = [transcripts[i].prompt + transcripts[i].ids for i in open_]
-        room = config.max_context_length - max(len(ids) for ids in inputs)
-        limit = min(room, config.max_completion_length)
-        if limit < 1:
-            raise ConfigError(
-                f"max_context_length: expected more than the {max(map(len, inputs))} tokens of a "
-                f"prompt of {task.name}, got {config.max_context_length}"
+        # Of a first turn: another one is begun only where there is room for the whole of it.
+        room = [config.max_context_length - len(ids) for ids in inputs]
+        if min(room) < 1:
+            raise TaskError(
+                f"task {task.name}: expected prompts of fewer than {config.max_context_length} "
+                f"tokens (max_context_length), got one of {max(map(len, inputs))}"
             )
-        new = engine.generate(inputs, limit, config.temperature, sampling_seed(f"{key} {turn}"))
+        limits = [min(n, config.max_completion_length) for n in room]
+        new = engine.generate(inputs, limits, config.temperature, sampling_seed(f"{key} {turn}"))
         still = []
         for i, ids in zip(open_, new, strict=True):
             transcript = transcripts[i]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dgg_kernels import GateConfig, GradientGate
 
-from .config import TrainConfig
-from .distributed import whole
+from .config import ConfigError, TrainConfig
+from .distributed import Ranks, whole
 from .model import Policy
 
 
@@ -47,7 +47,7 @@ class Arm:
         return applied
 
     def head_energy(self) -> Tensor:
-        """After the decision: norm of the lm_head's gradient, 0-dim."""
+        """After the decision: norm of the lm_head's gradient, 0-dim; NaN where it is not known."""
         return self.gate.metrics()["gate/energy"]
 
 
@@ -146,8 +146,13 @@ class ShuffledStop(Arm):
         self, config: TrainConfig, policy: Policy, optimizer: torch.optim.Optimizer
     ) -> None:
         super().__init__(config, policy, optimizer)
+        if len(config.use_counts) < config.rollout_batches:
+            raise ConfigError(
+                f"use_counts: expected one of each of {config.rollout_batches} rollout batches, "
+                f"got {len(config.use_counts)}"
+            )
         self.counts, rng = [], random.Random(f"{config.seed} shuffled")
-        size = config.shuffle_within or len(config.use_counts) or 1
+        size = config.shuffle_within or len(config.use_counts)
         for first in range(0, len(config.use_counts), size):
             block = list(config.use_counts[first : first + size])
             rng.shuffle(block)
@@ -237,13 +242,16 @@ def within(limit: float, value: Tensor, signal: Tensor | float) -> Tensor:
 
 
 def norm_of(parameter: Tensor) -> Tensor:
-    """Of its gradient, 0-dim, over all ranks."""
+    """Of its gradient, 0-dim, over all ranks; NaN of a frozen one."""
+    if not parameter.requires_grad:
+        return torch.full((), math.nan, device=parameter.device)
     return whole(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
 
 
 def gate_config(config: TrainConfig, policy: Policy) -> GateConfig:
     """The gate of `config`'s arm: what `dgg_kernels.replay` needs to repeat its decisions."""
-    several = config.micro_batch_size is not None  # backward passes add up in .grad
+    # Backward passes, or ranks', add up in .grad.
+    several = config.micro_batch_size is not None or Ranks().world > 1
     frozen = not policy.head.weight.requires_grad
     return GateConfig(
         threshold=config.score.threshold if config.gate in GATED else math.inf,

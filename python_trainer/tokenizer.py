@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from .config import ConfigError
+from .config import ConfigError, one_line
 
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"
+TURN = "(a turn)"  # of an assistant, in no template
 _PIECES = re.compile(r" ?[A-Za-z]+|.", re.DOTALL)
 
 
@@ -111,14 +112,29 @@ class ChatTokenizer:
         self.eos: int = tokenizer.eos_token_id
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if tokenizer.chat_template is not None:
-            ended = self._messages([("user", "x"), ("assistant", "y")])
-            # Templates write a newline or so behind eos: it belongs to what follows.
-            self._before = ended[: len(ended) - ended[::-1].index(self.eos)]
+            self.eos = self._end_of_turn()
 
-    def _messages(self, messages: list[tuple[str, str]], begin: bool = False) -> list[int]:
+    def _end_of_turn(self) -> int:
+        """What the template writes behind the assistant's turn: not eos with every model."""
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special.add(self.tokenizer.eos_token_id)
+        after = self._after_turn("y")
+        for i in after:
+            if i in special:
+                return i
+        raise ConfigError(
+            "model: expected a chat template with a special token behind the assistant's turn, got "
+            f"{one_line(self.tokenizer.decode(after))!r} there"
+        )
+
+    def _after_turn(self, text: str) -> list[int]:
+        """All that follows what the assistant said when `text` is the answer to it."""
+        chat = self._rendered(("user", "x"), ("assistant", TURN), ("user", text))
+        return self._ids(chat.partition(TURN)[2])
+
+    def _rendered(self, *messages: tuple[str, str]) -> str:
         chat = [{"role": role, "content": text} for role, text in messages]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=begin)
-        return self._ids(text)
+        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -126,13 +142,13 @@ class ChatTokenizer:
     def prompt(self, text: str) -> list[int]:
         if self.tokenizer.chat_template is None:
             return self._ids(text + "\n")
-        return self._messages([("user", text)], begin=True)
+        return self._ids(self._rendered(("user", text)))
 
     def observation(self, text: str) -> list[int]:
         if self.tokenizer.chat_template is None:
             return self._ids("\n" + text + "\n")
-        whole = self._messages([("user", "x"), ("assistant", "y"), ("user", text)], begin=True)
-        return whole[len(self._before) :]
+        after = self._after_turn(text)  # a newline or so behind eos belongs to it
+        return after[after.index(self.eos) + 1 :]
 
     def turn(self, text: str) -> list[int]:
         return [*self._ids(text), self.eos]

@@ -5,9 +5,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from .config import ConfigError
+from .distributed import Ranks
 from .files import Row
+
+
+class Tracker(Protocol):
+    """Takes the rows of one run, and is closed when it ends."""
+
+    def __call__(self, row: Row) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def check(names: Sequence[str]) -> None:
@@ -17,10 +27,10 @@ def check(names: Sequence[str]) -> None:
             raise ConfigError(f"track: expected {name} to be installed, got no such package")
 
 
-def make(names: Sequence[str], folder: Path) -> list[Callable[[Row], None]]:
-    """What takes the rows of the run in `folder`, one callable a tracker."""
+def make(names: Sequence[str], folder: Path) -> list[Tracker]:
+    """Those of the run in `folder`: on the first rank, which writes its files, too."""
     check(names)
-    return [_TRACKERS[name](folder) for name in names]
+    return [_TRACKERS[name](folder) for name in names] if Ranks().first else []
 
 
 def numbers(row: Row) -> dict[str, float]:
@@ -28,25 +38,35 @@ def numbers(row: Row) -> dict[str, float]:
     return {key: float(value) for key, value in row.items() if isinstance(value, int | float)}
 
 
-def _tensorboard(folder: Path) -> Callable[[Row], None]:
-    from torch.utils.tensorboard import SummaryWriter
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder)
+        self.writer = SummaryWriter(folder)
 
-    def add(row: Row) -> None:
+    def __call__(self, row: Row) -> None:
         for key, value in numbers(row).items():
             # Evaluations and updates are drawn over the same axis.
-            writer.add_scalar(f"{row['type']}/{key}", value, row["updates_attempted"])
-        writer.flush()
+            self.writer.add_scalar(f"{row['type']}/{key}", value, row["updates_attempted"])
+        self.writer.flush()
 
-    return add
-
-
-def _wandb(folder: Path) -> Callable[[Row], None]:
-    import wandb  # pyright: ignore[reportMissingImports]
-
-    run = wandb.init(project="gated-lm-head", name=str(folder), dir=folder, reinit="create_new")
-    return lambda row: run.log({f"{row['type']}/{k}": v for k, v in numbers(row).items()})
+    def close(self) -> None:
+        self.writer.close()
 
 
-_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+class _WandB:
+    def __init__(self, folder: Path) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        self.run = wandb.init(
+            project="gated-lm-head", name=str(folder), dir=folder, reinit="create_new"
+        )
+
+    def __call__(self, row: Row) -> None:
+        self.run.log({f"{row['type']}/{key}": value for key, value in numbers(row).items()})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+_TRACKERS: dict[str, Callable[[Path], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB}

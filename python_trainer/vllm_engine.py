@@ -90,9 +90,9 @@ class VLLMEngine:
         self._pushed, self._salt = now, uuid.uuid4().hex
 
     def generate(
-        self, prompts: Sequence[list[int]], max_tokens: int, temperature: float, seed: int
+        self, prompts: Sequence[list[int]], limits: Sequence[int], temperature: float, seed: int
     ) -> list[list[int]]:
-        """New tokens of each prompt, up to and with eos, or `max_tokens` of them.
+        """New tokens of each prompt, up to and with eos, or as many as its limit.
 
         Raises:
             EngineError: the server cannot be reached, is late, or answers what it should not.
@@ -100,7 +100,7 @@ class VLLMEngine:
         eos, rng = self.policy.tokenizer.eos, random.Random(seed)
         requests = [
             {
-                "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature,
+                "prompt": prompt, "max_tokens": limit, "temperature": temperature,
                 "seed": rng.getrandbits(63), "return_token_ids": True, "cache_salt": self._salt,
                 # eos of the policy's tokenizer alone; a model's own settings may name others.
                 "ignore_eos": True, "stop_token_ids": [eos],
@@ -108,7 +108,7 @@ class VLLMEngine:
                 "top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
                 "presence_penalty": 0.0, "frequency_penalty": 0.0,
             }
-            for prompt in prompts
+            for prompt, limit in zip(prompts, limits, strict=True)
         ]  # fmt: skip
         pool = ThreadPoolExecutor(SIDE_BY_SIDE)
         try:

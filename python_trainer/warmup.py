@@ -46,9 +46,12 @@ def warm_up(policy: Policy, task: Task, config: TrainConfig) -> WarmUp:
         examples = task.sample(config.warmup_batch_size, f"{config.seed} warm-up {step}")
         shown = pack(expert(policy.tokenizer, task, examples, config), policy.tokenizer.pad,
                      config.device)  # fmt: skip
-        loss = -policy(*shown, config).out.logp.sum() / shown.mask_BC.sum()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        size = config.micro_batch_size or len(examples)
+        for first in range(0, len(examples), size):
+            part = shown.rows(slice(first, first + size))
+            loss = -policy(*part, config).out.logp.sum() / shown.mask_BC.sum()
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
     raise AssertionError("unreachable")

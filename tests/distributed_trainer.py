@@ -9,10 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
+from tiny_models import build
 from trainer_toys import TINY, Echo
 
 from python_trainer.config import TrainConfig
-from python_trainer.loop import Progress, prepare, train
+from python_trainer.loop import Progress, WarmStart, prepare, train
+from python_trainer.model import Policy
+from python_trainer.tokenizer import FittedTokenizer
+from python_trainer.warmup import warm_up
 
 
 class Killed(Exception):
@@ -28,16 +32,22 @@ def config(parallel: str, gate: str) -> TrainConfig:
     )  # fmt: skip
 
 
-def main(parallel: str, out: str, gate: str, updates: str = "") -> None:
+def main(parallel: str, out: str, gate: str, model: str, updates: str = "") -> None:
     """Train; stop after so many updates if told to. All that is left is what `train` writes."""
     settings = config(parallel, gate)
+    if model == "embedded":
+        start = prepare(settings, Echo())
+    else:  # one of tiny_models; a pass takes all sequences of a rank
+        settings = replace(settings, micro_batch_size=None)
+        policy = Policy(build(model), FittedTokenizer(128))
+        start = WarmStart(Echo(), policy, warm_up(policy, Echo(), settings))
 
     def stop(progress: Progress) -> None:
         if updates and progress.updates_attempted >= int(updates):
             raise Killed
 
     with contextlib.suppress(Killed):
-        train(settings, prepare(settings, Echo()), Path(out), Progress(), stop)
+        train(settings, start, Path(out), Progress(), stop)
     if dist.is_initialized():
         dist.barrier()
         # Tearing gloo and DDP's reducer down in order now and then hangs at interpreter exit.

@@ -6,24 +6,38 @@ import math
 import os
 import subprocess
 import sys
+import types
+from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 import torch
+from trainer_toys import TINY, Digits, Fails
 
-from python_trainer import checkpoint
+from python_trainer import checkpoint, trackers
+from python_trainer.config import TaskError
+from python_trainer.distributed import Ranks
 from python_trainer.files import read_metrics
+from python_trainer.loop import Progress, prepare, train
 
 SCRIPT = Path(__file__).with_name("distributed_trainer.py")
 
 
-def run(processes: int, parallel: str, out: Path, *updates: str, gate: str = "dgg") -> None:
+def run(
+    processes: int,
+    parallel: str,
+    out: Path,
+    *updates: str,
+    gate: str = "dgg",
+    model: str = "embedded",
+) -> None:
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)])
     subprocess.run(
-        [*command, str(SCRIPT), parallel, str(out), gate, *updates], check=True, timeout=240,
+        [*command, str(SCRIPT), parallel, str(out), gate, model, *updates], check=True, timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
     )  # fmt: skip
 
@@ -66,6 +80,15 @@ def test_two_processes_train_what_one_does(parallel, alone, tmp_path):
     assert any(shut) and not all(shut)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_tied_heads_own_gradient_is_scored_by_two_processes_too(parallel, tmp_path):
+    """Not the embedding's with it; and one goes on with what two began."""
+    run(1, "ddp", tmp_path / "a", model="Llama, tied")
+    run(2, parallel, tmp_path / "b", "5", model="Llama, tied")
+    run(1, "ddp", tmp_path / "b", model="Llama, tied")
+    held_to(tmp_path / "b", tmp_path / "a")
+
+
 def test_a_backward_is_left_out_by_all_processes_or_none(tmp_path):
     """Under DDP, which waits for every gradient that it was told of; and so do collectives."""
     for processes in (1, 2):
@@ -83,3 +106,33 @@ def test_two_processes_go_on_where_one_stopped_and_the_other_way_round(alone, tm
     run(2, "fsdp2", tmp_path / "b", "5")
     run(1, "ddp", tmp_path / "b")
     held_to(tmp_path / "b", alone)
+
+
+@pytest.mark.parametrize(("device", "taken"), [("cpu", []), ("cuda", [3])])
+def test_a_rank_takes_a_gpu_only_to_train_on_it(device, taken, monkeypatch):
+    """There may be fewer GPUs than ranks that train on the CPU."""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
+    assert Ranks(device).rank == 3 and found == taken
+
+
+@pytest.mark.parametrize("task", [Digits, Fails])
+def test_the_first_rank_alone_has_trackers_and_closes_them(task, tmp_path, monkeypatch):
+    rows, ends = [], []
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    run = types.SimpleNamespace(log=rows.append, finish=lambda: ends.append(len(rows)))
+    monkeypatch.setattr(wandb, "init", lambda **_: run, raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("RANK", "1")
+    assert trackers.make(["wandb"], tmp_path) == []
+    monkeypatch.delenv("RANK")
+    start = prepare(TINY, task())
+    with nullcontext() if task is Digits else pytest.raises(TaskError):
+        train(TINY, start, tmp_path, Progress(), mirrors=trackers.make(["wandb"], tmp_path))
+    assert ends == [len(rows)] and len(rows) == len(read_metrics(tmp_path / "metrics.jsonl"))
+    assert rows[0]["eval/accuracy"] >= 0.0

@@ -7,16 +7,18 @@ import pytest
 import torch
 from trainer_toys import TINY, Digits, Echo
 
-from python_trainer.config import LOSSES, SCALES, ConfigError, TrainConfig
+from python_trainer import loop
+from python_trainer.config import LOSSES, SCALES, ConfigError, TaskError, TrainConfig
 from python_trainer.distributed import Ranks
 from python_trainer.engine import TransformersEngine
 from python_trainer.evaluate import Evaluator
 from python_trainer.files import read_metrics
-from python_trainer.loop import Progress, Run, prepare
+from python_trainer.loop import Progress, Run, new_policy, prepare
 from python_trainer.loss import group_advantages, mask_truncated, policy_loss, token_shares
 from python_trainer.rollout import pack, play
 from python_trainer.stopping import ARMS, continue_probability
 from python_trainer.tasks import Example, make_task
+from python_trainer.warmup import warm_up
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,18 @@ def played(request, start):
     task = request.param()
     engine = TransformersEngine(start.policy)
     return play(engine, start.policy.tokenizer, task, task.sample(12, "0"), TINY, "key")
+
+
+def test_micro_batches_of_the_warm_up_add_up_to_its_batch():
+    rows, weights = [], []
+    for size in (None, 5):
+        policy = new_policy(TINY, Digits())
+        policy.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        config = replace(TINY, micro_batch_size=size, warmup_max_steps=3, grad_eps=0.0)
+        warm_up(policy, Digits(), config)
+        weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+    assert rows == 3 * [16] + 3 * [5, 5, 5, 1]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
 
 
 def test_what_counts_is_what_the_policy_wrote(start, played):
@@ -70,11 +84,27 @@ def test_logprobs_are_those_of_the_unpadded_sequence(start, played):
 def test_sampling_follows_the_distribution(start):
     policy, n = start.policy, 4000
     prompt = policy.tokenizer.prompt("ab")
-    sampled = TransformersEngine(policy).generate([prompt] * n, 1, 0.7, seed=0)
+    sampled = TransformersEngine(policy).generate([prompt] * n, [1] * n, 0.7, seed=0)
     counts = torch.bincount(torch.tensor(sampled)[:, 0], minlength=TINY.vocab_size) / n
     with torch.no_grad():
         p = (policy.model(input_ids=torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1)
     assert (counts - p).abs().max() < 4 * math.sqrt(0.25 / n)
+
+
+def test_a_long_prompt_cuts_no_episode_but_its_own(start):
+    short, long, full = (Example("a" * n, None, ("12",)) for n in (1, 17, 19))
+    config, tokenizer = replace(TINY, max_context_length=20), start.policy.tokenizer
+    engine = TransformersEngine(start.policy)
+
+    def lengths(examples):
+        played = play(engine, tokenizer, Digits(), examples, config, "key")
+        return [len(t.ids) for t in played]
+
+    found = lengths([short, long, short] * 8)
+    assert max(found[1::3]) == 20 - 18  # one is the mark where a turn begins
+    assert max(found[::3]) == max(found[2::3]) == config.max_completion_length
+    with pytest.raises(TaskError, match=r"task digits: .* fewer than 20 tokens .* got one of 20$"):
+        lengths([short, full])
 
 
 def test_exact_accuracy_is_the_probability_of_the_answer(start):
@@ -315,6 +345,35 @@ def test_log_ratios_by_the_sign_of_the_advantage_over_micro_batches(start, tmp_p
         assert row[f"log_ratio/{name}"] == pytest.approx(mean, rel=1e-3) and abs(mean) > 1e-4
 
 
+@pytest.mark.parametrize("size", [4, 8, 128])  # of a generation batch; 16 episodes in all
+def test_no_two_ranks_sample_with_the_same_seed(size, start, tmp_path, monkeypatch):
+    class Two(Ranks):
+        def __init__(self, world, rank):
+            self.world, self.rank = world, rank
+
+        def gather(self, x):
+            return torch.cat([x] * self.world)
+
+    keys = []
+
+    def watched(*args):
+        keys[-1].append(args[-1])
+        return play(*args)
+
+    monkeypatch.setattr(loop, "play", watched)
+    config = replace(TINY, generation_batch_size=size)
+    for world, rank in ((1, 0), (2, 0), (2, 1)):
+        run = Run(config, start, tmp_path / f"{world}.{rank}", Progress(), print, ())
+        run.ranks = Two(world, rank)
+        keys.append([])
+        run.draw()
+        run.log.close()
+    alone, *both = keys
+    assert alone == [f"{config.seed} train 0 {n}" for n in range(math.ceil(16 / size))]
+    assert not set(both[0]) & set(both[1])
+    assert size == 128 or [*both[0], *both[1]] == alone
+
+
 def test_a_pool_bounds_the_training_prompts_alone():
     task = make_task("math", {"pool": 5})
     drawn = {example.prompt for key in "abc" for example in task.sample(50, key)}
@@ -334,6 +393,8 @@ def test_shuffled_uses_are_those_of_the_other_run_in_another_order(start):
     used = [[sum(arm.allows(batch, use) for use in range(1, 20)) for batch in counts]
             for arm in arms]  # fmt: skip
     assert sorted(used[0]) == list(counts) and used[0] == used[1] != used[2]
+    with pytest.raises(ConfigError, match=r"use_counts: .* each of 6 rollout batches, got 5$"):
+        make_arm(replace(TINY, gate="shuffled", use_counts=counts[1:]), start.policy)
     within = replace(TINY, gate="shuffled", use_counts=counts, shuffle_within=4, seed=1)
     arm = make_arm(within, start.policy)
     assert sorted(arm.counts[:4]) == [1, 2, 3, 4] != arm.counts[:4] and arm.counts[4:] in (

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from trainer_toys import TINY, Digits, Echo
 
 from python_trainer.config import ConfigError
+from python_trainer.engine import TransformersEngine
 from python_trainer.files import read_metrics
 from python_trainer.loop import Progress, WarmStart, train
 from python_trainer.model import Policy, check_head, load_policy
@@ -62,6 +64,31 @@ def test_architectures_train(name, changes, tmp_path):
         assert any(row["kl"] > 1e-4 for row in rows)
 
 
+def sampled(policy):
+    return TransformersEngine(policy).generate([[4, 5, 6], [7]], [12, 12], 1.0, seed=0)
+
+
+def test_sampling_is_the_same_before_and_after_a_pass_with_gradient_checkpointing():
+    model = build("Llama")
+    model.gradient_checkpointing_enable()
+    policy = Policy(model, FittedTokenizer(128))
+    before = sampled(policy)
+    tokens_BT = torch.arange(4, 20).view(2, 8)
+    every_BT = torch.ones_like(tokens_BT)
+    config = replace(TINY, gradient_checkpointing=True)
+    policy(tokens_BT, every_BT, every_BT[:, 1:].bool(), config).out.logp.sum().backward()
+    assert sampled(policy) == before
+
+
+def test_a_models_own_generation_settings_do_not_touch_the_sampling():
+    expected = sampled(Policy(build("Llama"), FittedTokenizer(128)))
+    model = build("Llama")
+    settings = {"repetition_penalty": 9.0, "min_p": 0.9, "suppress_tokens": list(range(2, 60))}
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    assert sampled(Policy(model, FittedTokenizer(128))) == expected
+
+
 def test_adapters_train_and_the_gate_sees_the_frozen_head(tmp_path):
     pytest.importorskip("peft")
     config = replace(TINY, lora_rank=2, rollout_batches=2, save_every=2, beta=0.1)
@@ -83,11 +110,63 @@ def test_adapters_train_and_the_gate_sees_the_frozen_head(tmp_path):
     assert progress.finished and progress.updates_attempted == len(rows)
 
 
+@pytest.mark.parametrize("gate", ["global_norm", "middle_norm"])
+def test_norms_of_other_gradients_are_scored_where_the_head_is_frozen(gate, tmp_path):
+    pytest.importorskip("peft")
+    config = replace(TINY, gate=gate, gate_threshold=0.0, lora_rank=2)
+    policy = load_policy(config, texts(Digits(), 8, config))
+    train(config, WarmStart(Digits(), policy, WarmUp(0, 0.0, True)), tmp_path, Progress())
+    rows = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["type"] == "update"]
+    assert 0 < sum(row["gate/shut"] for row in rows) < len(rows)
+    assert any(row["gate/energy"] > 0 for row in rows)
+    assert all(math.isnan(row["gate/chi2_lower_bound"]) for row in rows)
+
+
 def test_a_head_that_is_not_linear_is_refused():
     model = build("Llama")
     model.set_output_embeddings(nn.Sequential(nn.Linear(16, 128)))
     with pytest.raises(ConfigError, match="model: expected a linear head, got Sequential"):
         Policy(model, FittedTokenizer(128))
+
+
+def chat_tokenizer(end, between):
+    """One token a letter; eos is <eos>, and a message ends with `end`, then `between`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz:()\n ")}
+    words = Tokenizer(models.WordLevel(letters, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    words.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    tokenizer.add_tokens([AddedToken("<think>")])
+    tokenizer.add_tokens([AddedToken("<end>", special=True)])
+    # As Qwen3's, the last turn is written with an empty thought.
+    tokenizer.chat_template = (
+        "you are a model\n{% for m in messages %}{{ m.role }}:"
+        "{% if loop.last and m.role == 'assistant' %}<think>{% endif %}"
+        f"{{{{ m.content }}}}{end}{between}{{% endfor %}}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("end", ["<eos>", "<end>"])
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_a_turn_ends_as_the_chat_template_ends_it(end, between):
+    tokenizer = chat_tokenizer(end, between)
+    mine = ChatTokenizer(tokenizer)
+    assert mine.eos == tokenizer.convert_tokens_to_ids(end) and mine.turn("two")[-1] == mine.eos
+    parts = [*mine.prompt("one"), *mine.turn("two"), *mine.observation("three")]
+    said = (("user", "one"), ("assistant", "two"), ("user", "three"))
+    chat = [{"role": role, "content": text} for role, text in said]
+    whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(parts) == whole and mine.decode(mine.turn("two")) == "two"
+
+
+def test_a_chat_template_that_does_not_end_a_turn_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"^model: .* a special token .*, got 'user:y .*' there$"):
+        ChatTokenizer(chat_tokenizer("", "\n"))
 
 
 @pytest.fixture(scope="module")

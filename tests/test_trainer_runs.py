@@ -23,7 +23,7 @@ from dgg_kernels import replay
 from python_trainer import checkpoint, compare, loop, report, tasks
 from python_trainer.__main__ import main
 from python_trainer.config import CheckpointError, TaskError
-from python_trainer.files import MetricsLog, energies, read_metrics, use_counts, write_atomically
+from python_trainer.files import MetricsLog, per_batch, read_metrics, use_counts, write_atomically
 from python_trainer.loop import Progress, prepare, train
 from python_trainer.stopping import ARMS, GATED, gate_config
 
@@ -85,7 +85,8 @@ def test_same_seed_same_bytes_and_replay_repeats_the_decisions(gate, parts, star
         "log_ratio": lambda row: -row["log_ratio/negative"],
     }
     signal = foreseen.get(gate, lambda row: row["gate/energy"])
-    logged = energies([{**row, "gate/energy": signal(row)} for row in updates])
+    logged = per_batch([{**row, "signal": signal(row)} for row in updates], "signal")
+    logged = list(logged.values())
     decisions = [d for batch in replay(logged, gate_config(config, start.policy)) for d in batch]
     assert [d.shut for d in decisions] == shut
     for decision, row in zip(decisions, updates, strict=True):
@@ -137,7 +138,7 @@ def test_mini_batches_are_updates_of_their_own_part(echo, tmp_path, monkeypatch)
     _, rows = one_run(config, echo, tmp_path)
     updates = [row for row in rows if row["type"] == "update"]
     assert [row["gate/reuse"] for row in updates] == 2 * [1, 1, 2, 2, 3, 3]
-    assert {len(mask) for mask in seen} == {TINY.sequences_per_batch // 2}
+    assert {len(mask) for mask in seen} == {TINY.prompts_per_batch * TINY.num_generations // 2}
     first, second, again = seen[:3]
     assert first.data_ptr() != second.data_ptr() and first.data_ptr() == again.data_ptr()
     assert updates[0]["kl"] == 0.0 != updates[1]["kl"]  # the first has moved the weights

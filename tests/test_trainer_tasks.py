@@ -407,6 +407,30 @@ def test_calls_beyond_bounds_give_nothing_and_the_next_one_works(call_of):
     assert time.perf_counter() - began < 60
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_child_that_is_gone_leaves_no_descriptor(monkeypatch):
+    def count():
+        return len(os.listdir("/proc/self/fd"))
+
+    before = count()
+    call = Bounded(eval, "t")
+    for question in ("1", "1" * 2**17):  # more than a pipe holds
+        assert call("1") == 1.0
+        call._child.kill()
+        call._child.wait()
+        assert call(question) == 0.0
+    assert call("1") == 1.0
+    assert count() == before + 2
+    child = call._child
+    del call
+    assert count() == before and child.poll() is not None
+    call = Bounded(eval, "t")
+    monkeypatch.setattr(call, "_ask", lambda *_: None)
+    with pytest.raises(TaskError):
+        call("1")
+    assert count() == before
+
+
 def test_an_interrupted_call_does_not_answer_the_next(monkeypatch):
     call = Bounded(eval, "t")
     call("1")

@@ -119,7 +119,7 @@ def step(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
 
 def test_answers_come_in_the_order_of_the_prompts(stub, policy):
     prompts = [[4 + i % 9] * (1 + i % 5) for i in range(60)]
-    sampled = VLLMEngine(policy, stub.url).generate(prompts, 6, 0.7, seed=3)
+    sampled = VLLMEngine(policy, stub.url).generate(prompts, [6] * 60, 0.7, seed=3)
     assert [body["prompt"] for body in stub.asked] != prompts  # they were under way side by side
     rng = random.Random(3)
     asked = {body["seed"]: body for body in stub.asked}
@@ -131,7 +131,7 @@ def test_answers_come_in_the_order_of_the_prompts(stub, policy):
 
 
 def test_turns_end_with_eos_or_at_the_limit(stub, policy):
-    sampled = VLLMEngine(policy, stub.url).generate([[4, 5]] * 40, 6, 1.0, seed=0)
+    sampled = VLLMEngine(policy, stub.url).generate([[4, 5]] * 40, [6] * 40, 1.0, seed=0)
     ended = [ids for ids in sampled if ids[-1] == EOS]
     assert 0 < len(ended) < 40
     assert all(EOS not in ids[:-1] for ids in sampled)
@@ -141,7 +141,7 @@ def test_turns_end_with_eos_or_at_the_limit(stub, policy):
 def test_requests_leave_nothing_to_the_servers_defaults(stub, policy):
     engine = VLLMEngine(policy, stub.url)
     engine.refresh()
-    engine.generate([[4, 5, 6]], 3, 0.5, seed=0)
+    engine.generate([[4, 5, 6]], [3], 0.5, seed=0)
     (body,) = stub.asked
     assert body.pop("seed") >= 0 and body.pop("cache_salt")
     assert body == {
@@ -154,11 +154,11 @@ def test_requests_leave_nothing_to_the_servers_defaults(stub, policy):
 def test_a_group_has_different_seeds_and_a_seed_repeats(stub, policy):
     engine = VLLMEngine(policy, stub.url)
     group = [[4, 5, 6]] * 16
-    first = engine.generate(group, 12, 1.0, seed=5)
+    first = engine.generate(group, [12] * 16, 1.0, seed=5)
     assert len({body["seed"] for body in stub.asked}) == 16
     assert len({tuple(ids) for ids in first}) > 4
-    assert engine.generate(group, 12, 1.0, seed=5) == first
-    assert engine.generate(group, 12, 1.0, seed=6) != first
+    assert engine.generate(group, [12] * 16, 1.0, seed=5) == first
+    assert engine.generate(group, [12] * 16, 1.0, seed=6) != first
 
 
 def choices(*several: Any) -> bytes:
@@ -189,18 +189,18 @@ WRONG_ANSWERS = [
 def test_a_wrong_answer_is_one_line(stub, policy, answer):
     stub.answer = answer
     with pytest.raises(EngineError) as caught:
-        VLLMEngine(policy, stub.url).generate([[4]], 6, 1.0, seed=0)
+        VLLMEngine(policy, stub.url).generate([[4]], [6], 1.0, seed=0)
     message = str(caught.value)
     assert message.startswith(f"vllm_url: POST {stub.url}/v1/completions: expected one choice")
     assert "\n" not in message and len(message) < 500
     stub.answer = choices(GOOD)  # so it was the answer
-    assert VLLMEngine(policy, stub.url).generate([[4]], 6, 1.0, seed=0) == [[4, 5]]
+    assert VLLMEngine(policy, stub.url).generate([[4]], [6], 1.0, seed=0) == [[4, 5]]
 
 
 def test_an_http_error_is_not_tried_again(stub, policy):
     stub.status, stub.answer = 400, b'{"message": "too\nlong' + b"!" * 9999
     with pytest.raises(EngineError, match=r"expected HTTP 200, got HTTP 400 \(.*too long!+…\)$"):
-        VLLMEngine(policy, stub.url).generate([[4]], 6, 1.0, seed=0)
+        VLLMEngine(policy, stub.url).generate([[4]], [6], 1.0, seed=0)
     assert stub.posts == 1
 
 
@@ -208,17 +208,17 @@ def test_a_server_that_is_late_is_not_asked_again(stub, policy, monkeypatch):
     monkeypatch.setattr(vllm_engine, "TIMEOUT", 0.1)
     stub.delay = 0.3
     with pytest.raises(EngineError, match=r"expected an answer, got none in 0.1 s"):
-        VLLMEngine(policy, stub.url).generate([[4]], 6, 1.0, seed=0)
+        VLLMEngine(policy, stub.url).generate([[4]], [6], 1.0, seed=0)
     assert stub.posts == 1
 
 
 def test_a_lost_connection_is_tried_again_so_often_and_no_more(stub, policy):
     engine = VLLMEngine(policy, stub.url)
     stub.drop = 2
-    assert engine.generate([[4]], 6, 1.0, seed=0) and stub.posts == 3
+    assert engine.generate([[4]], [6], 1.0, seed=0) and stub.posts == 3
     stub.drop = 3
     with pytest.raises(EngineError, match="expected an answer, got RemoteDisconnected"):
-        engine.generate([[4]], 6, 1.0, seed=0)
+        engine.generate([[4]], [6], 1.0, seed=0)
     assert stub.posts == 6
 
 
@@ -226,7 +226,7 @@ def test_a_server_that_is_not_there(policy):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         engine = VLLMEngine(policy, f"http://127.0.0.1:{taken.getsockname()[1]}")
-        for act in (engine.refresh, lambda: engine.generate([[4]] * 300, 6, 1.0, seed=0)):
+        for act in (engine.refresh, lambda: engine.generate([[4]] * 300, [6] * 300, 1.0, seed=0)):
             with pytest.raises(EngineError, match=r"vllm_url: .* got ConnectionRefusedError"):
                 act()
 
@@ -263,7 +263,8 @@ def test_what_old_weights_computed_is_not_met_again(stub, policy):
         if changed:
             step(policy, torch.optim.SGD(policy.parameters(), lr=1.0))
         engine.refresh()
-        engine.generate([[4], [5]], 2, 1.0, seed=0)
+        engine.generate([[4], [5]], [2, 3], 1.0, seed=0)
+        assert {tuple(b["prompt"]): b["max_tokens"] for b in stub.asked[-2:]} == {(4,): 2, (5,): 3}
         (salt,) = {body["cache_salt"] for body in stub.asked[-2:]}
         salts.append(salt)
     again = VLLMEngine(policy, stub.url)  # another arm, on the same server
@@ -329,7 +330,7 @@ def test_training_samples_from_the_server(stub, tmp_path):
     assert progress.finished and progress.updates_applied == 6
     # Before each of three batches, and at the end; the first evaluation had the first's weights.
     assert len(stub.pushes) == 4
-    rollouts = config.rollout_batches * config.sequences_per_batch
+    rollouts = config.rollout_batches * config.prompts_per_batch * config.num_generations
     evaluations = len(progress.accuracy) * config.eval_prompts
     assert len(stub.asked) == rollouts + evaluations
 

@@ -52,6 +52,7 @@ class Bounded:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = 0  # id of the process that started the child
+        self._end: Callable[[], Any] = lambda: None  # of the child; after the first time, nothing
 
     def __call__(self, *args: Any) -> float:
         """The verdict.
@@ -61,15 +62,14 @@ class Bounded:
         """
         with self._lock:
             if self._child is None or self._owner != os.getpid():
+                self._end()  # a forked process has copies of the pipes
                 self._child, self._owner = self._start(), os.getpid()
-                # With this object, or at exit, when a __del__ would find no modules any more.
-                weakref.finalize(self, self._stop, self._child, self._owner)
             verdict = None
             try:
                 verdict = self._ask(self._child, args)
             finally:  # also when interrupted: a late reply must not be taken for the next one's
                 if verdict is None:
-                    self._stop(self._child, self._owner)
+                    self._end()
                     self._child = None
             return verdict or 0.0
 
@@ -86,8 +86,15 @@ class Bounded:
                 "OPENBLAS_NUM_THREADS": "1",
             },
         )
-        if self._ask(child, self.function) is None:
-            self._stop(child, os.getpid())
+        # With this object, or at exit, when a __del__ would find no modules any more.
+        self._end = weakref.finalize(self, self._stop, child, os.getpid())
+        ready = None
+        try:
+            ready = self._ask(child, self.function)
+        finally:
+            if ready is None:
+                self._end()
+        if ready is None:
             raise TaskError(
                 f"task {self.name}: the process of its verifier could not start "
                 f"(exit status {child.returncode}; its own message is above)"
@@ -110,9 +117,13 @@ class Bounded:
 
     @staticmethod
     def _stop(child: subprocess.Popen[bytes], owner: int) -> None:
-        if owner == os.getpid() and child.poll() is None:
+        assert child.stdin is not None and child.stdout is not None
+        if owner == os.getpid():
             child.kill()
-            child.communicate()
+            child.wait()
+        for pipe in (child.stdin, child.stdout):
+            with contextlib.suppress(BrokenPipeError):  # what it did not read
+                pipe.close()
 
 
 class Expired(BaseException):
