@@ -73,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
         "--config", default=None, metavar="TOML",
         help=f"file of settings, or one that ships: {known} (default: that of --task)",
     )  # fmt: skip
+    settings.add_argument(
+        "--overwrite", action="store_true", help="remove the run that is in --out, and begin anew"
+    )
     group = settings.add_argument_group("settings (names as in TrainConfig)")
     for f in fields(TrainConfig):
         if f.name == "task_options":
@@ -203,7 +206,7 @@ def execute(args: argparse.Namespace) -> None:
         else:
             plan = plan_of(args, file, config)
         trackers.check(args.track)
-        compare.begin(plan, args.out)
+        compare.begin(plan, args.out, args.overwrite)
     if args.command != "report":
         summary = compare.go_on(args.out, console, lambda to: trackers.make(args.track, to))
         if not compare.Ranks().first:

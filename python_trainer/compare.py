@@ -32,6 +32,7 @@ from .evaluate import Evaluator, shown
 from .files import Row, commit, read_metrics, use_counts, versions, write_json
 from .loop import Progress, WarmStart, load_weights, prepare, train
 from .model import check_model
+from .plots import PLOTS
 from .results import last_quarter
 from .rollout import play
 from .tasks import make_task
@@ -52,6 +53,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 Mirrors = Callable[[Path], "list[Callable[[Row], None]]"]
 DEFAULT_ARMS = ("single_use", "fixed_k4", "fixed_k8", "dgg", "random", "gain")
+# What the start that all arms of a seed share is made of; `warmup_*` are the others.
+START = ("task", "task_options", "model", "dtype", "lora_rank", "gradient_checkpointing",
+         "vocab_size", "hidden_size", "num_layers", "num_heads", "seed", "device")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,34 @@ class Plan:
     `match` names, for an arm that controls for how often another one uses its batches, that arm:
     the control gets the mean (gate="random") or the counts (gate="shuffled") that the other came to
     in the same seed.
+
+    Raises:
+        ConfigError: arms differ in what they share, or a seed is none.
     """
 
     arms: dict[str, TrainConfig]
     seeds: list[int]
     match: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for arm, config in self.arms.items():
+            for name, value in asdict(config).items():
+                if name not in START and not name.startswith("warmup_"):
+                    continue
+                if (shared := getattr(self.first, name)) != value:
+                    raise ConfigError(
+                        f"{name}: expected the same in all arms, whose start is one, got "
+                        f"{value!r} in {arm} and {shared!r} in {next(iter(self.arms))}"
+                    )
+        for seed in self.seeds:
+            replace(self.first, seed=seed)  # or it says what is wrong with it
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds: expected each once, got {self.seeds!r}")
+
+    @property
+    def first(self) -> TrainConfig:
+        """The arm of whose settings the start is made, in every seed."""
+        return next(iter(self.arms.values()))
 
 
 def plan(
@@ -113,27 +140,31 @@ def plan(
     return Plan({name: found[name] for name in ordered}, seeds, match)
 
 
-def begin(asked: Plan, out: Path) -> None:
-    """Check all settings, then write `run.json`; what an earlier run left in `out` is removed.
+def begin(asked: Plan, out: Path, overwrite: bool = False) -> None:
+    """Check all settings, then write `run.json`.
 
-    Of one seed, the arms share the warm start of the first.
+    With `overwrite`, the logs and checkpoints of an earlier run in `out` are removed before.
 
     Raises:
-        ConfigError: a setting is wrong. Nothing was touched.
+        ConfigError: a setting is wrong, or `out` holds a run. Nothing was touched.
     """
     for name, config in asked.arms.items():
         counted = name in asked.match or len(config.use_counts) >= config.rollout_batches
         if config.gate == "shuffled" and not counted:
             raise ConfigError(f"arms: expected an arm whose uses {name} is to match, got none")
-    first = next(iter(asked.arms.values()))  # in what is looked at here all arms are alike
-    make_task(first.task, first.task_options)
-    check_model(first)
-    check_parallel(first)
+        check_parallel(config)
+    make_task(asked.first.task, asked.first.task_options)
+    check_model(asked.first)
+    old = [*out.glob("*/seed-*/checkpoints"), *out.glob("*/seed-*/metrics.jsonl")]
+    if old and not overwrite:
+        raise ConfigError(
+            f"out: expected a folder without a run, got {str(out)!r}, which holds one: `resume` "
+            "goes on with it, --overwrite removes it; or give another --out"
+        )
     ranks = Ranks()
     if ranks.first:
-        for path in [*out.glob("*/seed-*/checkpoints"), *out.glob("*/seed-*/metrics.jsonl"),
-                     *(out / name for name in ("summary.json", "report.html")),
-                     *out.glob("*.png")]:  # fmt: skip
+        written = ["summary.json", "report.html", *(f"{name}.png" for name in PLOTS)]
+        for path in [*old, *(out / name for name in written)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         write_json(out / "run.json", asdict(asked))
     if ranks.world > 1:  # or the others would find what was there before, if anything
@@ -184,8 +215,9 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
                     continue
                 label = name if len(asked.seeds) == 1 else f"{name}, seed {seed}"
                 if start is None:
+                    first = replace(asked.first, seed=seed)  # also where it is done already
                     with progress_bar(console, "warm-up", None):
-                        start = prepare(config, make_task(config.task, config.task_options))
+                        start = prepare(first, make_task(first.task, first.task_options))
                     warmups[str(seed)] = asdict(start.warmup)
                 runs[name, seed] = progress = Progress()
                 write_summary()

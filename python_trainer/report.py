@@ -12,7 +12,7 @@ from typing import Any
 from .compare import read_run
 from .config import ConfigError, TrainConfig
 from .files import Row, read_metrics, write_atomically
-from .plots import Logs, draw_divergence, draw_gates, draw_learning, draw_uses, style
+from .plots import PLOTS, Logs, draw_divergence, draw_gates, draw_learning, draw_uses, style
 from .results import (
     COLUMNS,
     Summary,
@@ -56,13 +56,13 @@ def draw(logs: Logs, summary: Summary) -> Plots:
     """The plots that there is something to draw in."""
     configs = {arm: TrainConfig(**summary["config"][arm]) for arm in logs}
     thresholds = {arm: c.score.threshold for arm, c in configs.items() if c.gate in GATED}
-    plots = {
-        "learning": ("Accuracy and reward against rollout batches", draw_learning(logs)),
-        "gate": ("What the gates saw", draw_gates(logs, thresholds)),
-        "divergence": ("Weight divergence per layer", draw_divergence(logs)),
-        "uses": ("Updates applied per rollout batch", draw_uses(logs)),
+    drawn = {
+        "learning": draw_learning(logs),
+        "gate": draw_gates(logs, thresholds),
+        "divergence": draw_divergence(logs),
+        "uses": draw_uses(logs),
     }
-    return {name: (title, png) for name, (title, png) in plots.items() if png}
+    return {name: (PLOTS[name], png) for name, png in drawn.items() if png}
 
 
 def print_table(summary: Summary, console: Any) -> None:

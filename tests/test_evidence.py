@@ -140,6 +140,13 @@ def test_the_tables_of_a_record_are_what_it_says(name):
     assert "\n".join(lines) + "\n" == kept, "python -m benchmarks.evidence report"
 
 
+@pytest.mark.parametrize("path", sorted(common.ROOT.glob("*/*.toml")), ids=lambda p: p.stem)
+def test_every_plan_here_is_one(path):
+    args = parser().parse_args(["compare", "--config", str(path), "--out", "x"])
+    file = read_toml(args.config)
+    assert plan_of(args, file, config_of(args, file)).seeds == file["seeds"]
+
+
 @pytest.mark.parametrize("name", record.names())
 def test_a_record_says_how_to_make_it_again(name, tmp_path):
     toml = tmp_path / "again.toml"

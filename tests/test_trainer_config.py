@@ -161,14 +161,57 @@ def stop(*_):
         ("[arms]\ndgg = 3", "arms: expected tables of settings, got"),
         ("[grid]\nlearning_rate = 1e-4", "grid: expected a list of values for each field, got"),
         ("seeds = [1.5]", "seeds: expected a list of integers, got"),
+        ("seeds = [0, -1]", "seed: expected an integer >= 0, got -1"),
+        ("seeds = [2, 3, 2]", "seeds: expected each once, got [2, 3, 2]"),
+        (
+            "[arms.x]\n[arms.y]\nhidden_size = 32",
+            "hidden_size: expected the same in all arms, whose start is one, got 32 in y",
+        ),
+        ("[arms.x]\n[arms.y]\ntask_options = { dataset = 'chain_sum' }", "task_options: expected"),
+        ("[grid]\nwarmup_accuracy = [0.1, 0.2]", "warmup_accuracy: expected the same in all arms"),
     ],
 )
-def test_a_plan_that_makes_no_sense_is_refused(text, expected, tmp_path, capsys):
+def test_a_plan_that_makes_no_sense_is_refused(text, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("python_trainer.compare.go_on", stop)
     (tmp_path / "plan.toml").write_text(text)
     argv = ["compare", "--config", str(tmp_path / "plan.toml"), "--out", str(tmp_path / "run")]
     assert main(argv) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seeds", [[-1], [0, 0]])
+def test_wrong_seeds_are_refused_before_a_run_is_removed(seeds, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("python_trainer.compare.go_on", stop)
+    log = tmp_path / "dgg" / "seed-0" / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    argv = ["compare", "--out", str(tmp_path), "--overwrite", "--seeds", *map(str, seeds)]
+    assert main(argv) == 2
+    assert capsys.readouterr().err.startswith("error: seed") and log.exists()
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_run_is_removed_when_that_is_asked_for_and_nothing_else(
+    command, tmp_path, monkeypatch, capsys
+):
+    theirs = [tmp_path / name for name in ("mine.png", "notes/seed-7/notes.txt", "gate.jpg")]
+    state = "gone/seed-7/checkpoints/00000001/state.json"
+    ours = ["gate.png", "report.html", "summary.json", "gone/seed-7/metrics.jsonl", state]
+    ours = [tmp_path / name for name in ours]
+    for path in (*theirs, *ours):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setattr("python_trainer.compare.go_on", stop)
+    assert main([command, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out: expected a folder without a run, got")
+    assert error.count("\n") == 1 and "`resume`" in error and "--overwrite" in error
+    assert all(path.exists() for path in (*theirs, *ours))
+    assert not (tmp_path / "run.json").exists()
+    assert main([command, "--out", str(tmp_path), "--overwrite"]) == 130
+    assert all(path.exists() for path in theirs) and not any(path.exists() for path in ours)
+    assert main([command, "--out", str(tmp_path)]) == 130  # nothing was run yet
 
 
 def test_every_field_is_an_option():

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from trainer_toys import TINY, Digits, Echo, Fails
 from dgg_kernels import replay
 from python_trainer import checkpoint, compare, loop, report, tasks
 from python_trainer.__main__ import main
-from python_trainer.config import CheckpointError, TaskError
+from python_trainer.config import CheckpointError, ConfigError, TaskError
 from python_trainer.files import MetricsLog, energies, read_metrics, use_counts, write_atomically
 from python_trainer.loop import Progress, prepare, train
 from python_trainer.stopping import ARMS, GATED, gate_config
@@ -198,15 +199,29 @@ def test_compare_writes_what_the_summary_promises(tmp_path):
     assert summary["versions"]["torch"] and "commit" in summary
     assert not list(tmp_path.glob("**/*.tmp"))
 
-    # Nothing is left to do; a later run into the same directory leaves nothing of this one.
+    # Nothing is left to do; a run that takes this one's place leaves nothing of it.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/metrics.jsonl")}
     again = compare.go_on(tmp_path, Console(quiet=True))
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for run in (*again["runs"], *summary["runs"]):
         del run["seconds"], run["wall_s"]  # the last save's is not in what it saved
     assert again["runs"] == summary["runs"] and again["warmups"] == summary["warmups"]
-    compare.begin(compare.Plan({"dgg": TINY}, [0]), tmp_path)
+    with pytest.raises(ConfigError, match="out: expected a folder without a run"):
+        compare.begin(compare.Plan({"dgg": TINY}, [0]), tmp_path)
+    compare.begin(compare.Plan({"dgg": TINY}, [0]), tmp_path, overwrite=True)
     assert not list(tmp_path.glob("*/*/*")) and not list(tmp_path.glob("*.png"))
+
+
+def test_an_arm_that_is_run_later_has_the_same_start(tmp_path):
+    arms = {"hot": replace(TINY, temperature=1.5), "cold": TINY}
+    logs = []
+    for out in (tmp_path / "whole", tmp_path / "later"):
+        compare.begin(compare.Plan(arms, [0]), out)
+        compare.go_on(out, Console(quiet=True))
+        logs.append(out / "cold" / "seed-0" / "metrics.jsonl")
+    shutil.rmtree(logs[1].parent)
+    compare.go_on(tmp_path / "later", Console(quiet=True))
+    assert logs[0].read_bytes() == logs[1].read_bytes()
 
 
 def options_of(config):
