@@ -28,7 +28,7 @@ from . import checkpoint
 from .config import CheckpointError, ConfigError, EngineError, TaskError, TrainConfig, changed
 from .distributed import Ranks, check_parallel
 from .engine import make_engine
-from .evaluate import Evaluator, shown
+from .evaluate import Evaluator, readable, shown
 from .files import Row, commit, read_metrics, use_counts, versions, write_json
 from .loop import Progress, WarmStart, load_weights, prepare, train
 from .model import check_model
@@ -308,7 +308,8 @@ def evaluate(out: Path, show: int, console: Console) -> None:
             examples = task.sample(max(show, 1), "held-out", held_out=True)[:show]
             for played in play(engine, policy.tokenizer, task, examples, config, "shown"):
                 for part in shown(played, policy.tokenizer):
-                    console.print(f"    {part.strip()}", markup=False, highlight=False)
+                    text = readable(part.strip())  # a policy's: it must not steer the terminal
+                    console.print(f"    {text}", markup=False, highlight=False)
                 console.print(f"    (reward {played.reward:.2f})\n", highlight=False)
     if not found:
         raise ConfigError(f"out: expected a run with checkpoints, got {str(out)!r}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from .compare import read_run
 from .config import ConfigError, TrainConfig
+from .evaluate import readable
 from .files import Row, read_metrics, write_atomically
 from .plots import PLOTS, Logs, draw_divergence, draw_gates, draw_learning, draw_uses, style
 from .results import (
@@ -242,8 +243,6 @@ def settings(summary: Summary) -> dict[str, Any]:
 
 # -- episodes -------------------------------------------------------------------------------------
 
-SHOWN = 2000  # characters of one part of an episode
-
 
 def sampled_episodes(logs: Logs) -> str:
     """The first, the middle and the last logged episode of DGG, or of the first arm that has any.
@@ -271,10 +270,3 @@ def episode(row: Row) -> str:
         parts.append(f'<div class="{who}" title="{who}">{html.escape(readable(text))}</div>')
     heading = f"Rollout batch {row['rollouts']}, reward {row['reward']:.2f}"
     return f'<div class="episode"><h3>{heading}</h3>{"".join(parts)}</div>'
-
-
-def readable(text: str) -> str:
-    r"""Cut to SHOWN characters; those that steer a display, or are none, are spelled (`\x1b`)."""
-    left = len(text) - SHOWN
-    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text[:SHOWN])
-    return shown + (f" … ({left} more characters)" if left > 0 else "")

@@ -1,6 +1,7 @@
 """Whole tiny runs: what they log, repeat, replay and leave behind."""
 
 import gc
+import io
 import itertools
 import json
 import math
@@ -251,6 +252,18 @@ def test_environment_that_raises_ends_in_one_line_and_resume_goes_on(tmp_path, c
     assert main(["eval", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert f"accuracy {summary['runs'][0]['final_accuracy']:.4f}" in said and "(reward" in said
+
+
+def test_what_a_policy_says_does_not_steer_the_terminal(tmp_path, monkeypatch):
+    compare.begin(compare.Plan({"dgg": replace(TINY, rollout_batches=1)}, [0]), tmp_path)
+    compare.go_on(tmp_path, Console(quiet=True))
+    hostile = ["\x1b]0;title\x07", " \x1b[2Jgone\r[bold]\ud800"]
+    monkeypatch.setattr(compare, "shown", lambda *_: hostile)
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=200)
+    compare.evaluate(tmp_path, 1, console)
+    said = console.file.getvalue()
+    assert r"\x1b]0;title\x07" in said and r"\x1b[2Jgone\r[bold]\ud800" in said
+    assert not set(said) & set("\x1b\x07\r")
 
 
 @pytest.mark.parametrize(("act", "expected"), [
