@@ -176,7 +176,8 @@ def plan_of(args: argparse.Namespace, file: dict[str, Any], config: TrainConfig)
         raise ConfigError(f"seeds: expected a list of integers, got {seeds!r}")
     defined = {name: PRESETS.get(name, {}) | changes for name, changes in arms.items()}
     if args.mean_uses is not None:  # given, not matched
-        defined["random"] = {"gate": "random"}
+        own = defined.get("random", PRESETS["random"])
+        defined["random"] = {name: value for name, value in own.items() if name != "match"}
     names = args.arms or list(arms) or list(DEFAULT_ARMS)
     return plan(config, names, args.seeds or seeds or [config.seed], defined, grid)
 
@@ -193,13 +194,16 @@ def execute(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from . import compare, report, trackers
+    from .tasks import FAMILIES
 
     console = Console()
     if args.command == "eval":
         compare.evaluate(args.out, args.show, console)
         return
     if args.command in ("train", "compare"):
-        file = read_toml(args.config or args.task or TrainConfig().task)
+        task = args.task or TrainConfig().task
+        # Of a task that there is none of, `begin` says so.
+        file = read_toml(args.config or task) if args.config or task in FAMILIES else {}
         config = config_of(args, file)
         if args.command == "train":
             plan = compare.Plan({arm_name(config): config}, [config.seed])

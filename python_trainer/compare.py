@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -113,7 +114,8 @@ def plan(
             it is called then.
 
     Raises:
-        ConfigError: an arm is unknown, named twice or matches none; or an override does not fit.
+        ConfigError: an arm is unknown, named twice, or matches none or, at last, itself; its name
+            is none for a folder; or an override does not fit.
     """
     known = PRESETS | (defined or {})
     for name, values in (grid or {}).items():
@@ -133,11 +135,22 @@ def plan(
             raise ConfigError(f"arms: expected {other} beside {name}, which matches it, got none")
         for cell in cells:
             suffix = "".join(f"@{value}" for value in cell.values())
+            if not re.fullmatch(r"[^./\\\0][^/\\\0]*", name + suffix):  # a folder's, below `out`
+                raise ConfigError(f"arms: expected names of folders, got {name + suffix!r}")
             found[name + suffix] = changed(config, changes | cell, "arms")
             if other is not None:
                 match[name + suffix] = other + suffix
-    ordered = sorted(found, key=lambda name: name in match)
-    return Plan({name: found[name] for name in ordered}, seeds, match)
+
+    def matched_before(name: str) -> int:
+        """How many arms must have run."""
+        chain = [name]
+        while chain[-1] in match:
+            chain.append(match[chain[-1]])
+            if chain[-1] in chain[:-1]:
+                raise ConfigError(f"arms: expected none that matches itself, got {chain!r}")
+        return len(chain)
+
+    return Plan({name: found[name] for name in sorted(found, key=matched_before)}, seeds, match)
 
 
 def begin(asked: Plan, out: Path, overwrite: bool = False) -> None:

@@ -12,6 +12,7 @@ from python_trainer.__main__ import (
     execute,
     main,
     parser,
+    plan_of,
     read_toml,
     task_options,
 )
@@ -68,7 +69,8 @@ def test_random_arm_must_be_able_to_reach_its_mean():
 
 
 CLI_WRONG = [
-    (["--task", "chess"], "config: expected a TOML file, got 'chess'"),
+    (["--task", "chess"], "task: expected one of math, alfworld, webshop, "),
+    (["--config", "chess"], "config: expected a TOML file, got 'chess'"),
     (["--config", "math", "--task", "chess"], "task: expected one of math, alfworld, webshop, "),
     (["--parallel", "fsdp2"], "parallel: expected fsdp2 under torchrun"),
     (["--task-option", "dataset=chess"], "expected one of number_sorting, chain_sum"),
@@ -110,6 +112,24 @@ def test_random_runs_after_the_arm_whose_uses_it_copies():
     asked = plan(TINY, ["random", "shuffled", "dgg"], [0])
     assert list(asked.arms) == ["dgg", "random", "shuffled"]
     assert asked.match == {"random": "dgg", "shuffled": "dgg"}
+
+
+def test_a_control_of_a_control_runs_after_it():
+    changes = {"gate": "shuffled", "match": "random"}
+    asked = plan(TINY, ["late", "random", "gain", "dgg"], [0], {"late": changes})
+    assert list(asked.arms) == ["gain", "dgg", "random", "late"]
+
+
+def test_mean_uses_that_are_given_take_the_place_of_a_match_alone(tmp_path):
+    toml = tmp_path / "my.toml"
+    toml.write_text("[arms.dgg]\n[arms.random]\nlearning_rate = 1e-3")
+    for options, match in (([], {"random": "dgg"}), (["--mean-uses", "3"], {})):
+        argv = ["compare", "--out", "x", "--config", str(toml), *options]
+        args, file = parser().parse_args(argv), read_toml(str(toml))
+        asked = plan_of(args, file, config_of(args, file))
+        assert asked.arms["random"].learning_rate == 1e-3 and asked.match == match
+        assert asked.arms["random"].gate == "random"
+        assert asked.arms["random"].mean_uses == (3.0 if options else 2.0)
 
 
 PLAN = """
@@ -154,6 +174,10 @@ def stop(*_):
     [
         ("[arms.x]\ngate = 'shuffled'", "expected an arm whose uses x is to match"),
         ("[arms.x]\ngate = 'random'\nmatch = 'y'", "expected y beside x"),
+        ("[arms.x]\nmatch = 'y'\n[arms.y]\nmatch = 'x'", "matches itself, got ['x', 'y', 'x']"),
+        ("[arms.'../x']", "arms: expected names of folders, got '../x'"),
+        ("[arms.'a/b']", "arms: expected names of folders, got 'a/b'"),
+        ("[arms.dgg]\n[grid]\nvllm_url = ['http://a:1']", "of folders, got 'dgg@http://a:1'"),
         ("[arms.x]\nspeed = 3", "expected settings of TrainConfig, got 'speed'"),
         ("[arms.x]\ngate_average = 'mean'", "gate_average: expected"),
         ("[grid]\nspeed = [1, 2]", "expected settings of TrainConfig, got 'speed'"),
