@@ -3,7 +3,7 @@
 - `<out>/run.json`: what was asked for; `resume` reads it
 - `<out>/<arm>/seed-<n>/metrics.jsonl`: every update attempt and every evaluation
 - `<out>/<arm>/seed-<n>/checkpoints/`: where it goes on, and the final weights
-- `<out>/summary.json`: counters per arm and seed; versions, commit, configuration
+- `<out>/summary.json`: counters per arm and seed; device, date, versions, commit, configuration
 - `<out>/*.png` and `report.html`: see `report`
 """
 
@@ -30,7 +30,16 @@ from .config import CheckpointError, ConfigError, EngineError, TaskError, TrainC
 from .distributed import Ranks, check_parallel
 from .engine import make_engine
 from .evaluate import Evaluator, readable, shown
-from .files import Row, commit, read_metrics, use_counts, versions, write_json
+from .files import (
+    Row,
+    commit,
+    device_name,
+    now,
+    read_metrics,
+    use_counts,
+    versions,
+    write_json,
+)
 from .loop import Progress, WarmStart, load_weights, prepare, train
 from .model import check_model
 from .plots import PLOTS
@@ -368,8 +377,11 @@ def summarise(
             "wall_s": round(sum(progress.seconds.values()), 3),
             "seconds": {part: round(s, 3) for part, s in progress.seconds.items()},
         })  # fmt: skip
+    device = next((config.device for config in configs.values()), "cpu")  # all arms have the same
     return {
         **status,
+        "device": device_name(device),
+        "date": now(),
         "versions": versions(),
         "commit": commit(),
         "warmups": warmups,

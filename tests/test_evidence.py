@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from trainer_toys import TINY, Digits
 
@@ -89,6 +90,8 @@ def test_a_record_goes_there_and_back(tmp_path, monkeypatch, capsys):
     record.write([tmp_path / "0", tmp_path / "1"], "toy")
     runs, about = record.read("toy")
     assert len(about) == 2 and about[0]["commit"] == about[1]["commit"]
+    stamp = common.stamp(torch.device("cpu"))
+    assert about[0]["device"] == stamp["device"] and about[0]["date"] <= stamp["date"]
     assert {arm: sorted(of) for arm, of in runs.items()} == {arm: [0, 1] for arm in arms}
     rows = read_metrics(tmp_path / "1" / "dgg" / "seed-1" / "metrics.jsonl")
     updates = [row for row in rows if row["type"] == "update"]
@@ -97,6 +100,7 @@ def test_a_record_goes_there_and_back(tmp_path, monkeypatch, capsys):
     assert mine[0]["kl"] == pytest.approx(updates[0]["kl"], rel=1e-5)
     evidence.main(["report", "toy"])
     text = (tmp_path / "results" / "toy.md").read_text()
+    assert f"; {about[0]['device']}, {about[0]['date'][:10]}." in text.splitlines()[0]
     assert "| Single use | 2 |" in text and "H4: DGG − DGG's counts, shuffled" in text
     assert [path.name for path in docs.glob("images/*")] == ["evidence_toy_curves.png"]
     assert len(list(docs.parent.glob("build/evidence/evidence_toy_*.png"))) == 2

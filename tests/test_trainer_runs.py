@@ -1,5 +1,6 @@
 """Whole tiny runs: what they log, repeat, replay and leave behind."""
 
+import datetime
 import gc
 import io
 import itertools
@@ -197,7 +198,8 @@ def test_compare_writes_what_the_summary_promises(tmp_path):
         assert sorted(counts["shuffled"]) == sorted(counts["dgg"])
     logs = [tmp_path / "dgg" / f"seed-{seed}" / "metrics.jsonl" for seed in seeds]
     assert logs[0].read_bytes() != logs[1].read_bytes()
-    assert summary["versions"]["torch"] and "commit" in summary
+    assert summary["versions"]["torch"] and "commit" in summary and "cores" in summary["device"]
+    assert datetime.datetime.fromisoformat(summary["date"]).utcoffset() == datetime.timedelta(0)
     assert not list(tmp_path.glob("**/*.tmp"))
 
     # Nothing is left to do; a run that takes this one's place leaves nothing of it.

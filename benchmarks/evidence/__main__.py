@@ -62,9 +62,7 @@ def arms_table(runs: Runs) -> Iterator[str]:
                 cells.append("-")
             else:
                 spread = f" ± {stdev(found):.1f}" if len(found) > 1 and metric != "uses" else ""
-                cells.append(
-                    f"{fmean(found):.{2 if metric in (GOAL, SOONER, 'uses') else 1}f}{spread}"
-                )
+                cells.append(f"{fmean(found):.{2 if metric in CLOSE else 1}f}{spread}")
         yield f"| {label(arm)} | {len(runs[arm])} | " + " | ".join(cells) + " |"
 
 
@@ -206,8 +204,10 @@ def draw(name: str, runs: Runs, about: list[dict[str, Any]], found: Found) -> No
 
 
 def heading(name: str, about: list[dict[str, Any]]) -> list[str]:
+    """What made the record; older ones do not say where and when."""
     commits = dict.fromkeys(str(of["commit"])[:12] for of in about)
-    return [f"Record {name}: commits {', '.join(commits)}.", ""]
+    made = dict.fromkeys(f"{of['device']}, {of['date'][:10]}" for of in about if "device" in of)
+    return [f"Record {name}: commits {', '.join(commits)}{''.join(f'; {of}' for of in made)}.", ""]
 
 
 def say(name: str, lines: list[str]) -> None:
