@@ -27,7 +27,7 @@ from python_trainer.loop import Progress, prepare, train
 
 def made(arm, seed, accuracies, uses=1):
     rows = [{"type": "eval", "rollouts": 4 * i, "accuracy": a} for i, a in enumerate(accuracies)]
-    rows += [{"type": "update", "rollouts": 1, "gate/shut": False, "gate/energy": 1.0}] * uses
+    rows += [{"type": "update", "rollouts": 1, "gate/shut": False, "grad_norm": 1.0}] * uses
     return Run(arm, seed, rows)
 
 
@@ -44,14 +44,27 @@ def test_metrics_of_known_curves():
     assert numbers.speedup(other, single, 0.5) == (10 + 1.5) / (4 + 0.5)
     never = made("dgg", 0, [0.2] * 8)
     assert numbers.speedup(never, single) == 20 / 28
+    assert numbers.reached(other, 0.2) == 1  # before the first batch: at none, and not never
 
 
 def test_an_update_refused_before_its_backward_costs_its_forward():
     run = made("gain", 0, [0.5], uses=2)
-    run.rows += [{"type": "update", "rollouts": 1, "gate/shut": True, "gate/energy": math.nan}]
-    run.rows += [{"type": "update", "rollouts": 2, "gate/shut": True, "gate/energy": 1.0}]
+    run.rows += [{"type": "update", "rollouts": 1, "gate/shut": True, "grad_norm": math.nan}]
+    # SkipStep's, which no energy tells of.
+    refused = {"gate/shut": True, "gate/energy": math.nan, "grad_norm": 1.0}
+    run.rows += [{"type": "update", "rollouts": 2, **refused}]
     assert numbers.updates_paid(run, 1) == 2 + numbers.FORWARD
     assert numbers.updates_paid(run, 2) == 3 + numbers.FORWARD
+
+
+def test_a_run_of_few_updates_has_no_quarters_to_compare():
+    rows = [
+        {"type": "update", "rollouts": 1, "gate/shut": False, "gate/energy": 1.0 + use,
+         "dwd/lm_head": 2.0, "dwd/middle": 1.0}
+        for use in range(3)
+    ]  # fmt: skip
+    *_, line = evidence.surge_table({"dgg": {0: Run("dgg", 0, rows)}})
+    assert line == "| DGG | 3.00 | 3.00 | 100% | - | 2.00 |"
 
 
 def test_paired_differences_and_their_intervals():

@@ -125,9 +125,10 @@ def surge_table(runs: Runs) -> Iterator[str]:
             late += steps[-len(steps) // 4 :]
         if rises:
             rose = fmean(rise > 1 for rise in rises)
+            first, last = (f"{median(of):.2f}" if of else "-" for of in (early, late))
             yield (
                 f"| {label(arm)} | {median(rises):.2f} | {np.percentile(rises, 95):.2f} "
-                f"| {rose:.0%} | {median(early):.2f} | {median(late):.2f} |"
+                f"| {rose:.0%} | {first} | {last} |"
             )
 
 
