@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import numbers, oracle, record
 from benchmarks.evidence.numbers import difference, holm
 from benchmarks.evidence.record import Run
-from python_trainer import compare
+from python_trainer import compare, report
 from python_trainer.__main__ import config_of, parser, plan_of, read_toml
 from python_trainer.config import TrainConfig
 from python_trainer.files import read_metrics, updates
@@ -230,6 +230,17 @@ def test_the_oracle_keeps_the_best_prefix(tmp_path):
     ends = [max(effects["oracle"][0][1:]), *(max(batch) for batch in effects["oracle"][1:])]
     assert [batch[0] for batch in effects["oracle"][1:]] == pytest.approx(ends[:-1], abs=1e-6)
     assert any(end > batch[-1] for end, batch in zip(ends, effects["oracle"], strict=True))
+
+
+def test_an_oracles_directory_is_read_as_any_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(oracle, "make_task", lambda name, options: Digits())
+    config = replace(TINY, gate="off", num_iterations=2, rollout_batches=2)
+    toml, out = tmp_path / "toy.toml", tmp_path / "out"
+    toml.write_text("\n".join(f"{k} = {json.dumps(v)}" for k, v in asdict(config).items() if v))
+    monkeypatch.setattr("sys.argv", ["oracle", "--config", str(toml), "--out", str(out)])
+    oracle.main()
+    report.write(out)
+    assert "did not finish" not in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize("grad_eps", [0.0, 0.125])
