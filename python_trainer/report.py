@@ -19,6 +19,7 @@ from .results import (
     Summary,
     counted,
     finished,
+    gated,
     in_order,
     line,
     listed,
@@ -88,7 +89,7 @@ def print_table(summary: Summary, console: Any) -> None:
 def read_summary(out: Path) -> Summary:
     try:
         summary = json.loads((out / "summary.json").read_text())
-        _ = summary["runs"], summary["config"], summary["warmups"]
+        _ = summary["runs"], summary["config"], summary["warmups"], summary["match"]
         return summary
     except FileNotFoundError as error:
         raise ConfigError(
@@ -174,7 +175,7 @@ def page(summary: Summary, plots: Plots, logs: Logs, absent: Sequence[str]) -> s
         accuracy=html.escape(what_accuracy_is(summary)),
         more=by_seed(summary) if len(seeds) > 1 else "",
         plots=images,
-        episodes=sampled_episodes(logs),
+        episodes=sampled_episodes(logs, gated(summary)),
         settings=html.escape(json.dumps(settings(summary), indent=2)),
     )
 
@@ -203,17 +204,17 @@ def notice(summary: Summary, absent: Sequence[str]) -> str:
 
 
 def by_seed(summary: Summary) -> str:
-    """DGG minus single use and random stop, seed by seed; and every run for itself."""
+    """Gated arms minus single use and their controls, seed by seed; and every run for itself."""
     pairs = paired(summary)
     seeds = sorted({seed for of in pairs.values() for values in of.values() for seed in values})
     lines = [
-        [f"{style(other)[0]}, {when}"]
+        [f"{style(arm)[0]} minus {style(other)[0]}, {when}"]
         + [f"{values[seed]:+.1f}" if seed in values else "-" for seed in seeds]
         + [points(values)]
-        for other, measures in pairs.items()
+        for (arm, other), measures in pairs.items()
         for when, values in measures.items()
     ]
-    heads = ["DGG minus …", *(f"seed {seed}" for seed in seeds), "mean ± standard error"]
+    heads = ["", *(f"seed {seed}" for seed in seeds), "mean ± standard error"]
     text = f"<h2>Differences by seed, in points</h2>{grid(heads, lines)}" if lines else ""
     parts = list(dict.fromkeys(part for run in summary["runs"] for part in run["seconds"]))
     order = in_order(summary)
@@ -244,23 +245,23 @@ def settings(summary: Summary) -> dict[str, Any]:
 # -- episodes -------------------------------------------------------------------------------------
 
 
-def sampled_episodes(logs: Logs) -> str:
-    """The first, the middle and the last logged episode of DGG, or of the first arm that has any.
+def sampled_episodes(logs: Logs, gated: Sequence[str]) -> str:
+    """The first, the middle and the last logged episode of gated arms, or of the first with any.
 
     What is in them comes from a policy and from environments: no character of it is trusted.
     """
-    for arm in sorted(logs, key=lambda arm: arm != "dgg"):
+    found = {}
+    for arm in logs:
         seed = min(logs[arm])
         rows = [row for row in logs[arm][seed] if row["type"] == "episode"]
-        if not rows:
-            continue
-        some = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
-        return (
-            f"<h2>Sampled episodes of {html.escape(style(arm)[0])}, seed {seed}</h2>"
-            "<p>The prompt, then what the policy (blue) and its environment (grey) wrote in turn, "
-            f"during training.</p>{''.join(map(episode, some))}"
-        )
-    return ""
+        if rows:
+            some = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
+            found[arm] = (
+                f"<h2>Sampled episodes of {html.escape(style(arm)[0])}, seed {seed}</h2>"
+                "<p>The prompt, then what the policy (blue) and its environment (grey) wrote in "
+                f"turn, during training.</p>{''.join(map(episode, some))}"
+            )
+    return "".join(found[arm] for arm in found if arm in gated) or next(iter(found.values()), "")
 
 
 def episode(row: Row) -> str:
