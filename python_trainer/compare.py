@@ -77,7 +77,7 @@ class Plan:
     in the same seed.
 
     Raises:
-        ConfigError: arms differ in what they share, or a seed is none.
+        ConfigError: there is no arm, arms differ in what they share, or a seed is none.
     """
 
     arms: dict[str, TrainConfig]
@@ -85,6 +85,8 @@ class Plan:
     match: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.arms:
+            raise ConfigError("arms: expected at least one, got none")
         for arm, config in self.arms.items():
             for name, value in asdict(config).items():
                 if name not in START and not name.startswith("warmup_"):
@@ -212,12 +214,15 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
     ranks = Ranks()
     console = console if ranks.first else Console(quiet=True)
     runs: dict[tuple[str, int], Progress] = {}
-    warmups: dict[str, dict[str, Any]] = _warmups_so_far(out)
+    before = _summary_so_far(out)
+    warmups: dict[str, dict[str, Any]] = before.get("warmups", {})  # of seeds that are done
+    # Where and when: as it was, until something is run.
+    stamp = {key: before[key] for key in ("device", "date", "versions", "commit") if key in before}
     configs: dict[str, TrainConfig] = {}
     status: dict[str, Any] = {"interrupted": False, "error": None, "match": asked.match}
 
     def write_summary() -> dict[str, Any]:
-        summary = summarise(configs, runs, warmups, status)
+        summary = summarise(configs, runs, warmups, status) | stamp
         if ranks.first:
             write_json(out / "summary.json", summary)
         return summary
@@ -242,6 +247,7 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
                         start = prepare(first, make_task(first.task, first.task_options))
                     warmups[str(seed)] = asdict(start.warmup)
                 runs[name, seed] = progress = Progress()
+                stamp.clear()
                 write_summary()
                 with progress_bar(console, label, config.rollout_batches) as tick:
                     train(config, start, folder, progress, tick, console.print, mirrors(folder))
@@ -265,12 +271,13 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
     return summary
 
 
-def _warmups_so_far(out: Path) -> dict[str, dict[str, Any]]:
-    """Of seeds that are done, whose warm start is not made again."""
+def _summary_so_far(out: Path) -> dict[str, Any]:
+    """Of what was done before; empty if there is none."""
     try:
-        return json.loads((out / "summary.json").read_text())["warmups"]
-    except (OSError, ValueError, KeyError):
+        summary = json.loads((out / "summary.json").read_text())
+    except (OSError, ValueError):
         return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def matched(config: TrainConfig, other: Path) -> TrainConfig:

@@ -161,10 +161,10 @@ def now() -> str:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or model and cores of the CPU."""
+    """The GPU's name, or model and cores of the CPU, also where that GPU is not here."""
     import torch
 
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -165,6 +165,12 @@ def test_a_file_may_hold_arms_seeds_and_a_grid(tmp_path, monkeypatch):
     assert squared.gate_squared and squared.learning_rate == 1e-4 and squared.rollout_batches == 7
 
 
+def test_a_plan_has_an_arm(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"arms": {}, "seeds": [0], "match": {}}')
+    assert main(["resume", "--out", str(tmp_path)]) == 2
+    assert "arms: expected at least one" in capsys.readouterr().err
+
+
 def stop(*_):
     raise KeyboardInterrupt
 

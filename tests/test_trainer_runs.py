@@ -26,7 +26,14 @@ from dgg_kernels import replay
 from python_trainer import checkpoint, compare, loop, report, tasks
 from python_trainer.__main__ import main
 from python_trainer.config import CheckpointError, ConfigError, TaskError
-from python_trainer.files import MetricsLog, energies, read_metrics, use_counts, write_atomically
+from python_trainer.files import (
+    MetricsLog,
+    energies,
+    read_metrics,
+    use_counts,
+    write_atomically,
+    write_json,
+)
 from python_trainer.loop import Progress, prepare, train
 from python_trainer.stopping import ARMS, GATED, gate_config
 
@@ -204,7 +211,9 @@ def test_compare_writes_what_the_summary_promises(tmp_path):
 
     # Nothing is left to do; a run that takes this one's place leaves nothing of it.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/metrics.jsonl")}
+    write_json(tmp_path / "summary.json", {**summary, "device": "another", "interrupted": True})
     again = compare.go_on(tmp_path, Console(quiet=True))
+    assert again["device"] == "another" and not again["interrupted"]  # where it was run
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for run in (*again["runs"], *summary["runs"]):
         del run["seconds"], run["wall_s"]  # the last save's is not in what it saved
@@ -223,7 +232,9 @@ def test_an_arm_that_is_run_later_has_the_same_start(tmp_path):
         compare.go_on(out, Console(quiet=True))
         logs.append(out / "cold" / "seed-0" / "metrics.jsonl")
     shutil.rmtree(logs[1].parent)
-    compare.go_on(tmp_path / "later", Console(quiet=True))
+    summary = json.loads((out / "summary.json").read_text())
+    write_json(out / "summary.json", {**summary, "device": "another"})
+    assert compare.go_on(out, Console(quiet=True))["device"] == summary["device"]
     assert logs[0].read_bytes() == logs[1].read_bytes()
 
 
