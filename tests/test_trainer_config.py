@@ -23,6 +23,8 @@ from python_trainer.tokenizer import FittedTokenizer
 
 WRONG = [
     ("gate", "maybe", "one of off, dgg"),
+    ("seed", -1, "integer >= 0"),
+    ("seed", 2**64, "< 9223372036854775808"),
     ("loss_type", "ppo", "one of grpo, dr_grpo, bnpo, dapo"),
     ("num_generations", 1, "integer >= 2"),
     ("rollout_batches", 0, "integer >= 1"),
@@ -191,7 +193,7 @@ def stop(*_):
         ("[arms]\ndgg = 3", "arms: expected tables of settings, got"),
         ("[grid]\nlearning_rate = 1e-4", "grid: expected a list of values for each field, got"),
         ("seeds = [1.5]", "seeds: expected a list of integers, got"),
-        ("seeds = [0, -1]", "seed: expected an integer >= 0, got -1"),
+        ("seeds = [0, -1]", "seed: expected an integer >= 0 and <"),
         ("seeds = [2, 3, 2]", "seeds: expected each once, got [2, 3, 2]"),
         (
             "[arms.x]\n[arms.y]\nhidden_size = 32",
