@@ -36,7 +36,7 @@ $(STAMP): $(BUILD)
 	@touch $@
 
 demo: install  ## train every arm on the CPU; table, plots and report in runs/demo
-	$(RUN) -m python_trainer compare --out runs/demo
+	$(RUN) -m python_trainer compare --out runs/demo --overwrite
 
 test: lint docs  ## lint, types, docs, all tests of the CPU path, interpreter, compile-only tests, sanitizers
 	$(PYTEST)

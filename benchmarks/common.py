@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import datetime
 import gc
 import json
 import os
@@ -19,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from python_trainer.files import device_name, now
+
 ROOT = Path(__file__).parent
 RESULTS = Path(os.environ.get("DGG_RESULTS", ROOT / "results"))
 _PACKAGES = ("torch", "triton", "dgg-kernels", "trl", "liger-kernel", "cut-cross-entropy",
-             "quack-kernels", "verl", "transformers", "numpy")  # fmt: skip
+             "quack-kernels", "verl", "transformers", "reasoning-gym", "numpy")  # fmt: skip
 
 
 # What benchmarks write themselves: their newer records do not make the code another one.
@@ -49,15 +50,11 @@ def stamp(device: torch.device, threads: int | None = None) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{models[0] if models else platform.processor()}, {len(models)} cores"
         driver = torch.backends.cpu.get_cpu_capability()
     return {
-        "device": name,
+        "device": device_name(str(device)),
         "driver": driver,
         "threads": threads or torch.get_num_threads(),
         "python": platform.python_version(),
@@ -67,7 +64,7 @@ def stamp(device: torch.device, threads: int | None = None) -> dict[str, Any]:
         "dirty": bool(
             _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno", "--", "..", *_OUTPUTS)
         ),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
     }
 
 

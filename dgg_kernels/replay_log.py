@@ -1,8 +1,10 @@
 """`python -m dgg_kernels.replay_log LOG.jsonl`: where a gate would have shut, to choose tau.
 
 The log holds one JSON object per update attempt with `gate/energy` (null for NaN) and `gate/reuse`
-(1 begins a rollout batch), as the trainer writes it; other lines are passed over. A log of fixed
-re-use shows every threshold whole; in a gated one a batch ends where that run's own gate shut.
+(the pass over the rollout batch, from 1), as the trainer writes it; other lines are passed over.
+`rollouts`, where the objects have it, is the batch; else one begins where `gate/reuse` is 1 again.
+A log of fixed re-use shows every threshold whole; in a gated one a batch ends where that run's own
+gate shut.
 """
 
 from __future__ import annotations
@@ -16,13 +18,19 @@ from pathlib import Path
 from dgg_kernels import Decision, GateConfig, replay
 
 
-def read_energies(path: Path) -> list[list[float]]:
+def read_energies(path: Path, mini_batches: int = 1) -> list[list[float]]:
     """Energies per rollout batch.
 
+    Args:
+        path: of the log.
+        mini_batches: updates a pass.
+
     Raises:
-        ValueError: a line is not JSON, or no line holds an energy; names file and line.
+        ValueError: a line is not JSON, no line holds an energy, or a batch's first pass is of more
+            than `mini_batches` updates; names file and line.
     """
     batches: list[list[float]] = []
+    batch, use = None, 0  # of the row before
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -31,11 +39,18 @@ def read_energies(path: Path) -> list[list[float]]:
                     continue
                 energy = row["gate/energy"]
                 energy = float("nan" if energy is None else energy)
-                first = int(row["gate/reuse"]) == 1
+                before, use = use, int(row["gate/reuse"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}:{number}: expected a JSON row, got {error!r}") from None
-            if first or not batches:
+            full = use == 1 and (before != 1 or len(batches[-1]) >= mini_batches)
+            if not batches or (row["rollouts"] != batch if "rollouts" in row else full):
                 batches.append([])
+            elif full:
+                raise ValueError(
+                    f"{path}:{number}: expected {mini_batches} updates of pass 1 in a rollout "
+                    "batch (--mini-batches), got another one"
+                )
+            batch = row.get("rollouts")
             batches[-1].append(energy)
     if not batches:
         raise ValueError(f"{path}: expected rows with gate/energy and gate/reuse, got none")
@@ -89,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threshold", type=float, nargs="+", default=[0.1, 0.5, 1.0])
     parser.add_argument("--window", type=int, default=GateConfig.window)
     parser.add_argument("--max-reuse", type=int, help="default: the longest batch of the log")
+    parser.add_argument("--mini-batches", type=int, default=1, help="updates a pass (default 1)")
     parser.add_argument("--statistic", default=GateConfig.statistic)
     parser.add_argument("--average", default=GateConfig.average)
     parser.add_argument("--squared", action="store_true")
@@ -96,11 +112,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="needs matplotlib")
     args = parser.parse_args(argv)
     try:
-        energies = read_energies(args.log)
+        energies = read_energies(args.log, args.mini_batches)
         config = GateConfig(
             window=args.window, statistic=args.statistic, average=args.average,
             max_reuse=args.max_reuse or max(map(len, energies)), include_shut=args.include_shut,
-            squared=args.squared,
+            squared=args.squared, mini_batches=args.mini_batches,
         )  # fmt: skip
         results = {t: replay(energies, replace(config, threshold=t)) for t in args.threshold}
     except (OSError, ValueError) as error:

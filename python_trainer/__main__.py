@@ -73,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
         "--config", default=None, metavar="TOML",
         help=f"file of settings, or one that ships: {known} (default: that of --task)",
     )  # fmt: skip
+    settings.add_argument(
+        "--overwrite", action="store_true", help="remove the run that is in --out, and begin anew"
+    )
     group = settings.add_argument_group("settings (names as in TrainConfig)")
     for f in fields(TrainConfig):
         if f.name == "task_options":
@@ -173,7 +176,8 @@ def plan_of(args: argparse.Namespace, file: dict[str, Any], config: TrainConfig)
         raise ConfigError(f"seeds: expected a list of integers, got {seeds!r}")
     defined = {name: PRESETS.get(name, {}) | changes for name, changes in arms.items()}
     if args.mean_uses is not None:  # given, not matched
-        defined["random"] = {"gate": "random"}
+        own = defined.get("random", PRESETS["random"])
+        defined["random"] = {name: value for name, value in own.items() if name != "match"}
     names = args.arms or list(arms) or list(DEFAULT_ARMS)
     return plan(config, names, args.seeds or seeds or [config.seed], defined, grid)
 
@@ -190,20 +194,23 @@ def execute(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from . import compare, report, trackers
+    from .tasks import FAMILIES
 
     console = Console()
     if args.command == "eval":
         compare.evaluate(args.out, args.show, console)
         return
     if args.command in ("train", "compare"):
-        file = read_toml(args.config or args.task or TrainConfig().task)
+        task = args.task or TrainConfig().task
+        # Of a task that there is none of, `begin` says so.
+        file = read_toml(args.config or task) if args.config or task in FAMILIES else {}
         config = config_of(args, file)
         if args.command == "train":
             plan = compare.Plan({arm_name(config): config}, [config.seed])
         else:
             plan = plan_of(args, file, config)
         trackers.check(args.track)
-        compare.begin(plan, args.out)
+        compare.begin(plan, args.out, args.overwrite)
     if args.command != "report":
         summary = compare.go_on(args.out, console, lambda to: trackers.make(args.track, to))
         if not compare.Ranks().first:

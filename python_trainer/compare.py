@@ -3,7 +3,7 @@
 - `<out>/run.json`: what was asked for; `resume` reads it
 - `<out>/<arm>/seed-<n>/metrics.jsonl`: every update attempt and every evaluation
 - `<out>/<arm>/seed-<n>/checkpoints/`: where it goes on, and the final weights
-- `<out>/summary.json`: counters per arm and seed; versions, commit, configuration
+- `<out>/summary.json`: counters per arm and seed; device, date, versions, commit, configuration
 - `<out>/*.png` and `report.html`: see `report`
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -28,10 +29,19 @@ from . import checkpoint
 from .config import CheckpointError, ConfigError, EngineError, TaskError, TrainConfig, changed
 from .distributed import Ranks, check_parallel
 from .engine import make_engine
-from .evaluate import Evaluator, shown
-from .files import commit, read_metrics, use_counts, versions, write_json
+from .evaluate import Evaluator, readable, shown
+from .files import (
+    commit,
+    device_name,
+    now,
+    read_metrics,
+    use_counts,
+    versions,
+    write_json,
+)
 from .loop import Progress, WarmStart, load_weights, prepare, train
 from .model import check_model
+from .plots import PLOTS
 from .results import last_quarter
 from .rollout import play
 from .tasks import make_task
@@ -53,6 +63,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 Mirrors = Callable[[Path], list[Tracker]]
 DEFAULT_ARMS = ("single_use", "fixed_k4", "fixed_k8", "dgg", "random", "gain")
+# What the start that all arms of a seed share is made of; `warmup_*` are the others.
+START = ("task", "task_options", "model", "dtype", "lora_rank", "gradient_checkpointing",
+         "vocab_size", "hidden_size", "num_layers", "num_heads", "seed", "device")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,11 +75,36 @@ class Plan:
     `match` names, for an arm that controls for how often another one uses its batches, that arm:
     the control gets the mean (gate="random") or the counts (gate="shuffled") that the other came to
     in the same seed.
+
+    Raises:
+        ConfigError: there is no arm, arms differ in what they share, or a seed is none.
     """
 
     arms: dict[str, TrainConfig]
     seeds: list[int]
     match: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise ConfigError("arms: expected at least one, got none")
+        for arm, config in self.arms.items():
+            for name, value in asdict(config).items():
+                if name not in START and not name.startswith("warmup_"):
+                    continue
+                if (shared := getattr(self.first, name)) != value:
+                    raise ConfigError(
+                        f"{name}: expected the same in all arms, whose start is one, got "
+                        f"{value!r} in {arm} and {shared!r} in {next(iter(self.arms))}"
+                    )
+        for seed in self.seeds:
+            replace(self.first, seed=seed)  # or it says what is wrong with it
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds: expected each once, got {self.seeds!r}")
+
+    @property
+    def first(self) -> TrainConfig:
+        """The arm of whose settings the start is made, in every seed."""
+        return next(iter(self.arms.values()))
 
 
 def plan(
@@ -87,7 +125,8 @@ def plan(
             it is called then.
 
     Raises:
-        ConfigError: an arm is unknown, named twice or matches none; or an override does not fit.
+        ConfigError: an arm is unknown, named twice, or matches none or, at last, itself; its name
+            is none for a folder; or an override does not fit.
     """
     known = PRESETS | (defined or {})
     for name, values in (grid or {}).items():
@@ -107,34 +146,49 @@ def plan(
             raise ConfigError(f"arms: expected {other} beside {name}, which matches it, got none")
         for cell in cells:
             suffix = "".join(f"@{value}" for value in cell.values())
+            if not re.fullmatch(r"[^./\\\0][^/\\\0]*", name + suffix):  # a folder's, below `out`
+                raise ConfigError(f"arms: expected names of folders, got {name + suffix!r}")
             found[name + suffix] = changed(config, changes | cell, "arms")
             if other is not None:
                 match[name + suffix] = other + suffix
-    ordered = sorted(found, key=lambda name: name in match)
-    return Plan({name: found[name] for name in ordered}, seeds, match)
+
+    def matched_before(name: str) -> int:
+        """How many arms must have run."""
+        chain = [name]
+        while chain[-1] in match:
+            chain.append(match[chain[-1]])
+            if chain[-1] in chain[:-1]:
+                raise ConfigError(f"arms: expected none that matches itself, got {chain!r}")
+        return len(chain)
+
+    return Plan({name: found[name] for name in sorted(found, key=matched_before)}, seeds, match)
 
 
-def begin(asked: Plan, out: Path) -> None:
-    """Check all settings, then write `run.json`; what an earlier run left in `out` is removed.
+def begin(asked: Plan, out: Path, overwrite: bool = False) -> None:
+    """Check all settings, then write `run.json`.
 
-    Of one seed, the arms share the warm start of the first.
+    With `overwrite`, the logs and checkpoints of an earlier run in `out` are removed before.
 
     Raises:
-        ConfigError: a setting is wrong. Nothing was touched.
+        ConfigError: a setting is wrong, or `out` holds a run. Nothing was touched.
     """
     for name, config in asked.arms.items():
         counted = name in asked.match or len(config.use_counts) >= config.rollout_batches
         if config.gate == "shuffled" and not counted:
             raise ConfigError(f"arms: expected an arm whose uses {name} is to match, got none")
-    first = next(iter(asked.arms.values()))  # in what is looked at here all arms are alike
-    make_task(first.task, first.task_options)
-    check_model(first)
-    check_parallel(first)
-    ranks = Ranks(first.device)
+        check_parallel(config)
+    make_task(asked.first.task, asked.first.task_options)
+    check_model(asked.first)
+    old = [*out.glob("*/seed-*/checkpoints"), *out.glob("*/seed-*/metrics.jsonl")]
+    if old and not overwrite:
+        raise ConfigError(
+            f"out: expected a folder without a run, got {str(out)!r}, which holds one: `resume` "
+            "goes on with it, --overwrite removes it; or give another --out"
+        )
+    ranks = Ranks(asked.first.device)
     if ranks.first:
-        for path in [*out.glob("*/seed-*/checkpoints"), *out.glob("*/seed-*/metrics.jsonl"),
-                     *(out / name for name in ("summary.json", "report.html")),
-                     *out.glob("*.png")]:  # fmt: skip
+        written = ["summary.json", "report.html", *(f"{name}.png" for name in PLOTS)]
+        for path in [*old, *(out / name for name in written)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         write_json(out / "run.json", asdict(asked))
     if ranks.world > 1:  # or the others would find what was there before, if anything
@@ -157,15 +211,18 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
         before the exception goes on.
     """
     asked = read_run(out)
-    ranks = Ranks(next(iter(asked.arms.values())).device)
+    ranks = Ranks(asked.first.device)
     console = console if ranks.first else Console(quiet=True)
     runs: dict[tuple[str, int], Progress] = {}
-    warmups: dict[str, dict[str, Any]] = _warmups_so_far(out)
+    before = _summary_so_far(out)
+    warmups: dict[str, dict[str, Any]] = before.get("warmups", {})  # of seeds that are done
+    # Where and when: as it was, until something is run.
+    stamp = {key: before[key] for key in ("device", "date", "versions", "commit") if key in before}
     configs: dict[str, TrainConfig] = {}
     status: dict[str, Any] = {"interrupted": False, "error": None, "match": asked.match}
 
     def write_summary() -> dict[str, Any]:
-        summary = summarise(configs, runs, warmups, status)
+        summary = summarise(configs, runs, warmups, status) | stamp
         if ranks.first:
             write_json(out / "summary.json", summary)
         return summary
@@ -185,10 +242,12 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
                     continue
                 label = name if len(asked.seeds) == 1 else f"{name}, seed {seed}"
                 if start is None:
+                    first = replace(asked.first, seed=seed)  # also where it is done already
                     with progress_bar(console, "warm-up", None):
-                        start = prepare(config, make_task(config.task, config.task_options))
+                        start = prepare(first, make_task(first.task, first.task_options))
                     warmups[str(seed)] = asdict(start.warmup)
                 runs[name, seed] = progress = Progress()
+                stamp.clear()
                 write_summary()
                 with progress_bar(console, label, config.rollout_batches) as tick:
                     train(config, start, folder, progress, tick, console.print, mirrors(folder))
@@ -212,12 +271,13 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
     return summary
 
 
-def _warmups_so_far(out: Path) -> dict[str, dict[str, Any]]:
-    """Of seeds that are done, whose warm start is not made again."""
+def _summary_so_far(out: Path) -> dict[str, Any]:
+    """Of what was done before; empty if there is none."""
     try:
-        return json.loads((out / "summary.json").read_text())["warmups"]
-    except (OSError, ValueError, KeyError):
+        summary = json.loads((out / "summary.json").read_text())
+    except (OSError, ValueError):
         return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def matched(config: TrainConfig, other: Path) -> TrainConfig:
@@ -277,7 +337,8 @@ def evaluate(out: Path, show: int, console: Console) -> None:
             examples = task.sample(max(show, 1), "held-out", held_out=True)[:show]
             for played in play(engine, policy.tokenizer, task, examples, config, "shown"):
                 for part in shown(played, policy.tokenizer):
-                    console.print(f"    {part.strip()}", markup=False, highlight=False)
+                    text = readable(part.strip())  # a policy's: it must not steer the terminal
+                    console.print(f"    {text}", markup=False, highlight=False)
                 console.print(f"    (reward {played.reward:.2f})\n", highlight=False)
     if not found:
         raise ConfigError(f"out: expected a run with checkpoints, got {str(out)!r}")
@@ -323,8 +384,11 @@ def summarise(
             "wall_s": round(sum(progress.seconds.values()), 3),
             "seconds": {part: round(s, 3) for part, s in progress.seconds.items()},
         })  # fmt: skip
+    device = next((config.device for config in configs.values()), "cpu")  # all arms have the same
     return {
         **status,
+        "device": device_name(device),
+        "date": now(),
         "versions": versions(),
         "commit": commit(),
         "warmups": warmups,

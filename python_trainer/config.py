@@ -156,7 +156,7 @@ class TrainConfig:
         self._integer("num_generations", at_least=2)  # a group of one has no advantage
         for name in ("warmup_max_steps", "lr_warmup", "lora_rank"):
             self._integer(name, at_least=0)
-        self._integer("seed", at_least=0)
+        self._integer("seed", at_least=0, below=2**63)  # torch takes no more, with a rank added
         for name in (
             "temperature", "learning_rate", "max_grad_norm", "warmup_learning_rate", "task_timeout",
         ):  # fmt: skip
@@ -246,10 +246,12 @@ class TrainConfig:
             factor *= max(0.0, 1.0 - applied / self.lr_decay)
         return factor
 
-    def _integer(self, name: str, at_least: int) -> None:
+    def _integer(self, name: str, at_least: int, below: float = math.inf) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-            raise ConfigError(f"{name}: expected an integer >= {at_least}, got {value!r}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not at_least <= value < below:
+            bounds = f">= {at_least}" + (f" and < {below}" if below < math.inf else "")
+            raise ConfigError(f"{name}: expected an integer {bounds}, got {value!r}")
 
     def _number(
         self,

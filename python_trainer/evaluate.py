@@ -15,6 +15,8 @@ from .rollout import Sequences, Transcript, expert, in_chunks, pack, play
 from .tasks import Example, Task
 from .tokenizer import Tokenizer
 
+SHOWN = 2000  # characters of one part of an episode
+
 
 class Evaluator:
     """Accuracy on the same held-out examples at every call.
@@ -69,3 +71,10 @@ def shown(transcript: Transcript, tokenizer: Tokenizer) -> list[str]:
     for _, part in itertools.groupby(written, key=lambda pair: pair[0]):
         parts.append([i for _, i in part])
     return [tokenizer.show(part) for part in parts]
+
+
+def readable(text: str) -> str:
+    r"""Cut to SHOWN characters; those that steer a display, or are none, are spelled (`\x1b`)."""
+    left = len(text) - SHOWN
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text[:SHOWN])
+    return shown + (f" … ({left} more characters)" if left > 0 else "")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import math
 import os
+import platform
 import subprocess
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +150,28 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or model and cores of the CPU, also where that GPU is not here."""
+    import torch
+
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cores = len(models) or os.cpu_count()
+    return f"{models[0] if models else platform.processor()}, {cores} cores"
+
+
 def versions() -> dict[str, str | None]:
     """Versions of what a result depends on; None where a package is not installed."""
-    import platform
-    from importlib import metadata
-
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("dgg-kernels", "torch", "triton", "transformers", "reasoning-gym", "numpy"):
         try:

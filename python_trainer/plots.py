@@ -12,6 +12,13 @@ from .files import Row, per_batch, updates
 Logs = dict[str, dict[int, list[Row]]]  # arm -> seed -> rows; nothing in it is empty
 Curve = dict[int, float]  # rollout batches -> value
 
+# File name -> title of what a report draws.
+PLOTS = {
+    "learning": "Accuracy and reward against rollout batches",
+    "gate": "What the gates saw",
+    "divergence": "Weight divergence per layer",
+    "uses": "Updates applied per rollout batch",
+}
 # Okabe and Ito's palette, told apart by colour-blind readers; dashes for those who print in grey.
 STYLES = {
     "single_use": ("Single use", "#000000", "-"),

@@ -11,13 +11,15 @@ from typing import Any
 
 from .compare import read_run
 from .config import ConfigError, TrainConfig
+from .evaluate import readable
 from .files import Row, read_metrics, write_atomically
-from .plots import Logs, draw_divergence, draw_gates, draw_learning, draw_uses, style
+from .plots import PLOTS, Logs, draw_divergence, draw_gates, draw_learning, draw_uses, style
 from .results import (
     COLUMNS,
     Summary,
     counted,
     finished,
+    gated,
     in_order,
     line,
     listed,
@@ -56,13 +58,13 @@ def draw(logs: Logs, summary: Summary) -> Plots:
     """The plots that there is something to draw in."""
     configs = {arm: TrainConfig(**summary["config"][arm]) for arm in logs}
     thresholds = {arm: c.score.threshold for arm, c in configs.items() if c.gate in GATED}
-    plots = {
-        "learning": ("Accuracy and reward against rollout batches", draw_learning(logs)),
-        "gate": ("What the gates saw", draw_gates(logs, thresholds)),
-        "divergence": ("Weight divergence per layer", draw_divergence(logs)),
-        "uses": ("Updates applied per rollout batch", draw_uses(logs)),
+    drawn = {
+        "learning": draw_learning(logs),
+        "gate": draw_gates(logs, thresholds),
+        "divergence": draw_divergence(logs),
+        "uses": draw_uses(logs),
     }
-    return {name: (title, png) for name, (title, png) in plots.items() if png}
+    return {name: (PLOTS[name], png) for name, png in drawn.items() if png}
 
 
 def print_table(summary: Summary, console: Any) -> None:
@@ -87,7 +89,7 @@ def print_table(summary: Summary, console: Any) -> None:
 def read_summary(out: Path) -> Summary:
     try:
         summary = json.loads((out / "summary.json").read_text())
-        _ = summary["runs"], summary["config"], summary["warmups"]
+        _ = summary["runs"], summary["config"], summary["warmups"], summary["match"]
         return summary
     except FileNotFoundError as error:
         raise ConfigError(
@@ -173,7 +175,7 @@ def page(summary: Summary, plots: Plots, logs: Logs, absent: Sequence[str]) -> s
         accuracy=html.escape(what_accuracy_is(summary)),
         more=by_seed(summary) if len(seeds) > 1 else "",
         plots=images,
-        episodes=sampled_episodes(logs),
+        episodes=sampled_episodes(logs, gated(summary)),
         settings=html.escape(json.dumps(settings(summary), indent=2)),
     )
 
@@ -202,17 +204,17 @@ def notice(summary: Summary, absent: Sequence[str]) -> str:
 
 
 def by_seed(summary: Summary) -> str:
-    """DGG minus single use and random stop, seed by seed; and every run for itself."""
+    """Gated arms minus single use and their controls, seed by seed; and every run for itself."""
     pairs = paired(summary)
     seeds = sorted({seed for of in pairs.values() for values in of.values() for seed in values})
     lines = [
-        [f"{style(other)[0]}, {when}"]
+        [f"{style(arm)[0]} minus {style(other)[0]}, {when}"]
         + [f"{values[seed]:+.1f}" if seed in values else "-" for seed in seeds]
         + [points(values)]
-        for other, measures in pairs.items()
+        for (arm, other), measures in pairs.items()
         for when, values in measures.items()
     ]
-    heads = ["DGG minus …", *(f"seed {seed}" for seed in seeds), "mean ± standard error"]
+    heads = ["", *(f"seed {seed}" for seed in seeds), "mean ± standard error"]
     text = f"<h2>Differences by seed, in points</h2>{grid(heads, lines)}" if lines else ""
     parts = list(dict.fromkeys(part for run in summary["runs"] for part in run["seconds"]))
     order = in_order(summary)
@@ -242,26 +244,24 @@ def settings(summary: Summary) -> dict[str, Any]:
 
 # -- episodes -------------------------------------------------------------------------------------
 
-SHOWN = 2000  # characters of one part of an episode
 
-
-def sampled_episodes(logs: Logs) -> str:
-    """The first, the middle and the last logged episode of DGG, or of the first arm that has any.
+def sampled_episodes(logs: Logs, gated: Sequence[str]) -> str:
+    """The first, the middle and the last logged episode of gated arms, or of the first with any.
 
     What is in them comes from a policy and from environments: no character of it is trusted.
     """
-    for arm in sorted(logs, key=lambda arm: arm != "dgg"):
+    found = {}
+    for arm in logs:
         seed = min(logs[arm])
         rows = [row for row in logs[arm][seed] if row["type"] == "episode"]
-        if not rows:
-            continue
-        some = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
-        return (
-            f"<h2>Sampled episodes of {html.escape(style(arm)[0])}, seed {seed}</h2>"
-            "<p>The prompt, then what the policy (blue) and its environment (grey) wrote in turn, "
-            f"during training.</p>{''.join(map(episode, some))}"
-        )
-    return ""
+        if rows:
+            some = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
+            found[arm] = (
+                f"<h2>Sampled episodes of {html.escape(style(arm)[0])}, seed {seed}</h2>"
+                "<p>The prompt, then what the policy (blue) and its environment (grey) wrote in "
+                f"turn, during training.</p>{''.join(map(episode, some))}"
+            )
+    return "".join(found[arm] for arm in found if arm in gated) or next(iter(found.values()), "")
 
 
 def episode(row: Row) -> str:
@@ -271,10 +271,3 @@ def episode(row: Row) -> str:
         parts.append(f'<div class="{who}" title="{who}">{html.escape(readable(text))}</div>')
     heading = f"Rollout batch {row['rollouts']}, reward {row['reward']:.2f}"
     return f'<div class="episode"><h3>{heading}</h3>{"".join(parts)}</div>'
-
-
-def readable(text: str) -> str:
-    r"""Cut to SHOWN characters; those that steer a display, or are none, are spelled (`\x1b`)."""
-    left = len(text) - SHOWN
-    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text[:SHOWN])
-    return shown + (f" … ({left} more characters)" if left > 0 else "")

@@ -11,6 +11,7 @@ from typing import Any
 
 from .files import Row
 from .plots import STYLES, style
+from .stopping import GATED
 
 Summary = dict[str, Any]  # as `compare.summarise` makes it
 
@@ -191,13 +192,13 @@ def _ranking(arms: dict[str, list[Row]]) -> list[str]:
 
 def _differences(summary: Summary, arms: dict[str, list[Row]]) -> list[str]:
     sentences, pairs = [], paired(summary)
-    for other, measures in pairs.items():
-        name = style(other)[0].lower()
-        if other == "random":
-            uses = [f"{_mean(arms[arm], 'mean_uses'):.2f}" for arm in ("dgg", "random")]
+    for (arm, other), measures in pairs.items():
+        name = style(other)[0]
+        if other in summary["match"]:
+            uses = [f"{_mean(arms[a], 'mean_uses'):.2f}" for a in (arm, other)]
             name += f" ({uses[0]} against {uses[1]} uses per batch)"
         found = listed(f"{points(by_seed)} {when}" for when, by_seed in measures.items())
-        sentences.append(f"DGG minus {name}: {found}.")
+        sentences.append(f"{style(arm)[0]} minus {name}: {found}.")
     if any(len(by_seed) > 1 for measures in pairs.values() for by_seed in measures.values()):
         sentences.append(
             "These differences are paired by seed, in points of accuracy, ± their standard error; "
@@ -221,22 +222,29 @@ def _caution(seeds: list[int]) -> list[str]:
     return [f"This is one seed, {seeds[0]}: run several before trusting a small difference."]
 
 
-def paired(summary: Summary) -> dict[str, dict[str, dict[int, float]]]:
-    """Other arm -> measure -> seed -> DGG minus that arm, in points of accuracy.
+def gated(summary: Summary) -> list[str]:
+    """Arms whose rule is on trial: those that score a signal, and those that have a control."""
+    arms, match = summary["config"], summary["match"]
+    return [a for a in in_order(summary) if arms[a]["gate"] in GATED or a in match.values()]
 
-    Of the two arms that DGG must beat, in the seeds in which both finished. In one seed both start
-    from the same weights and meet the same prompts: the error of such a difference is smaller than
-    that of a difference of means.
+
+def paired(summary: Summary) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
+    """(gated arm, other) -> measure -> seed -> the first minus the other, in points of accuracy.
+
+    Of what it must beat, single use and its own controls, in the seeds in which both finished. In
+    one seed both start from the same weights and meet the same prompts: the error of such a
+    difference is smaller than that of a difference of means.
     """
-    dgg = finished(summary, "dgg")
-    found = {}
-    for other in ("single_use", "random"):
-        runs = finished(summary, other)
-        if seeds := sorted(set(dgg) & set(runs)):
-            found[other] = {
-                when: {seed: 100 * (dgg[seed][key] - runs[seed][key]) for seed in seeds}
-                for when, key in MEASURES.items()
-            }
+    match, found = summary["match"], {}
+    for arm in gated(summary):
+        mine = finished(summary, arm)
+        for other in ("single_use", *(a for a in in_order(summary) if match.get(a) == arm)):
+            theirs = finished(summary, other)
+            if seeds := sorted(set(mine) & set(theirs)):
+                found[arm, other] = {
+                    when: {seed: 100 * (mine[seed][key] - theirs[seed][key]) for seed in seeds}
+                    for when, key in MEASURES.items()
+                }
     return found
 
 

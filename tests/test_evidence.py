@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import lzma
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from trainer_toys import TINY, Digits
 
@@ -17,7 +18,7 @@ from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import numbers, oracle, record
 from benchmarks.evidence.numbers import difference, holm
 from benchmarks.evidence.record import Run
-from python_trainer import compare
+from python_trainer import compare, report
 from python_trainer.__main__ import config_of, parser, plan_of, read_toml
 from python_trainer.config import TrainConfig
 from python_trainer.files import read_metrics, updates
@@ -26,7 +27,7 @@ from python_trainer.loop import Progress, prepare, train
 
 def made(arm, seed, accuracies, uses=1):
     rows = [{"type": "eval", "rollouts": 4 * i, "accuracy": a} for i, a in enumerate(accuracies)]
-    rows += [{"type": "update", "rollouts": 1, "gate/shut": False, "gate/energy": 1.0}] * uses
+    rows += [{"type": "update", "rollouts": 1, "gate/shut": False, "grad_norm": 1.0}] * uses
     return Run(arm, seed, rows)
 
 
@@ -43,14 +44,27 @@ def test_metrics_of_known_curves():
     assert numbers.speedup(other, single, 0.5) == (10 + 1.5) / (4 + 0.5)
     never = made("dgg", 0, [0.2] * 8)
     assert numbers.speedup(never, single) == 20 / 28
+    assert numbers.reached(other, 0.2) == 1  # before the first batch: at none, and not never
 
 
 def test_an_update_refused_before_its_backward_costs_its_forward():
     run = made("gain", 0, [0.5], uses=2)
-    run.rows += [{"type": "update", "rollouts": 1, "gate/shut": True, "gate/energy": math.nan}]
-    run.rows += [{"type": "update", "rollouts": 2, "gate/shut": True, "gate/energy": 1.0}]
+    run.rows += [{"type": "update", "rollouts": 1, "gate/shut": True, "grad_norm": math.nan}]
+    # SkipStep's, which no energy tells of.
+    refused = {"gate/shut": True, "gate/energy": math.nan, "grad_norm": 1.0}
+    run.rows += [{"type": "update", "rollouts": 2, **refused}]
     assert numbers.updates_paid(run, 1) == 2 + numbers.FORWARD
     assert numbers.updates_paid(run, 2) == 3 + numbers.FORWARD
+
+
+def test_a_run_of_few_updates_has_no_quarters_to_compare():
+    rows = [
+        {"type": "update", "rollouts": 1, "gate/shut": False, "gate/energy": 1.0 + use,
+         "dwd/lm_head": 2.0, "dwd/middle": 1.0}
+        for use in range(3)
+    ]  # fmt: skip
+    *_, line = evidence.surge_table({"dgg": {0: Run("dgg", 0, rows)}})
+    assert line == "| DGG | 3.00 | 3.00 | 100% | - | 2.00 |"
 
 
 def test_paired_differences_and_their_intervals():
@@ -89,6 +103,8 @@ def test_a_record_goes_there_and_back(tmp_path, monkeypatch, capsys):
     record.write([tmp_path / "0", tmp_path / "1"], "toy")
     runs, about = record.read("toy")
     assert len(about) == 2 and about[0]["commit"] == about[1]["commit"]
+    stamp = common.stamp(torch.device("cpu"))
+    assert about[0]["device"] == stamp["device"] and about[0]["date"] <= stamp["date"]
     assert {arm: sorted(of) for arm, of in runs.items()} == {arm: [0, 1] for arm in arms}
     rows = read_metrics(tmp_path / "1" / "dgg" / "seed-1" / "metrics.jsonl")
     updates = [row for row in rows if row["type"] == "update"]
@@ -97,6 +113,7 @@ def test_a_record_goes_there_and_back(tmp_path, monkeypatch, capsys):
     assert mine[0]["kl"] == pytest.approx(updates[0]["kl"], rel=1e-5)
     evidence.main(["report", "toy"])
     text = (tmp_path / "results" / "toy.md").read_text()
+    assert f"; {about[0]['device']}, {about[0]['date'][:10]}." in text.splitlines()[0]
     assert "| Single use | 2 |" in text and "H4: DGG − DGG's counts, shuffled" in text
     assert [path.name for path in docs.glob("images/*")] == ["evidence_toy_curves.png"]
     assert len(list(docs.parent.glob("build/evidence/evidence_toy_*.png"))) == 2
@@ -138,6 +155,13 @@ def test_the_tables_of_a_record_are_what_it_says(name):
     runs, about = record.read(name)
     lines = evidence.tables(name, runs, about, numbers.verdicts(runs))
     assert "\n".join(lines) + "\n" == kept, "python -m benchmarks.evidence report"
+
+
+@pytest.mark.parametrize("path", sorted(common.ROOT.glob("*/*.toml")), ids=lambda p: p.stem)
+def test_every_plan_here_is_one(path):
+    args = parser().parse_args(["compare", "--config", str(path), "--out", "x"])
+    file = read_toml(args.config)
+    assert plan_of(args, file, config_of(args, file)).seeds == file["seeds"]
 
 
 @pytest.mark.parametrize("name", record.names())
@@ -206,6 +230,17 @@ def test_the_oracle_keeps_the_best_prefix(tmp_path):
     ends = [max(effects["oracle"][0][1:]), *(max(batch) for batch in effects["oracle"][1:])]
     assert [batch[0] for batch in effects["oracle"][1:]] == pytest.approx(ends[:-1], abs=1e-6)
     assert any(end > batch[-1] for end, batch in zip(ends, effects["oracle"], strict=True))
+
+
+def test_an_oracles_directory_is_read_as_any_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(oracle, "make_task", lambda name, options: Digits())
+    config = replace(TINY, gate="off", num_iterations=2, rollout_batches=2)
+    toml, out = tmp_path / "toy.toml", tmp_path / "out"
+    toml.write_text("\n".join(f"{k} = {json.dumps(v)}" for k, v in asdict(config).items() if v))
+    monkeypatch.setattr("sys.argv", ["oracle", "--config", str(toml), "--out", str(out)])
+    oracle.main()
+    report.write(out)
+    assert "did not finish" not in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize("grad_eps", [0.0, 0.125])

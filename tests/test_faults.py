@@ -144,7 +144,7 @@ def test_sigterm_is_answered_like_ctrl_c_and_loses_nothing(unbroken: Path, tmp_p
     said, rng, stopped = tmp_path / "said", random.Random(0), 0
     for number in itertools.count():
         out = tmp_path / f"run-{number}"
-        argv, summary, code = asked(out), out / "summary.json", None
+        argv, summary, code = [*asked(out), "--overwrite"], out / "summary.json", None
         while code != 0:
             child = forked(lambda argv=argv: by_command_line(argv, said))
             while runs(child) and not summary.exists():

@@ -16,7 +16,6 @@ import struct
 import time
 from collections import Counter
 from dataclasses import fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from hypothesis import strategies as st
 from test_gate import Model, configs, traces
 from tolerance import FLOOR
 
+from benchmarks import common
 from dgg_kernels import GateConfig, GradientGate, linear_cross_entropy, linear_logprob, replay
 from dgg_kernels.gate import Slot
 from dgg_kernels.reference import reference_logprob
@@ -34,7 +34,7 @@ from dgg_kernels.replay_log import read_energies
 from python_trainer import checkpoint
 from python_trainer.__main__ import config_of, parser, plan_of, read_toml
 from python_trainer.config import CheckpointError, ConfigError, TaskError, TrainConfig
-from python_trainer.files import MetricsLog, commit, read_metrics, versions
+from python_trainer.files import MetricsLog, read_metrics
 from python_trainer.tasks import make_task, play
 from python_trainer.tasks.problems import LONGEST
 
@@ -76,9 +76,7 @@ def record():
     if "FUZZ_RECORD" in os.environ:
         targets = {name: dict(of.most_common()) for name, of in OUTCOMES.items() if of}
         row = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "versions": versions(),
+            "stamp": common.stamp(torch.device("cpu")),
             "seconds": round(time.perf_counter() - began),
             "cases": sum(of.total() for of in OUTCOMES.values()),
             "targets": targets,

@@ -12,6 +12,7 @@ from python_trainer.__main__ import (
     execute,
     main,
     parser,
+    plan_of,
     read_toml,
     task_options,
 )
@@ -22,6 +23,8 @@ from python_trainer.tokenizer import FittedTokenizer
 
 WRONG = [
     ("gate", "maybe", "one of off, dgg"),
+    ("seed", -1, "integer >= 0"),
+    ("seed", 2**64, "< 9223372036854775808"),
     ("loss_type", "ppo", "one of grpo, dr_grpo, bnpo, dapo"),
     ("num_generations", 1, "integer >= 2"),
     ("rollout_batches", 0, "integer >= 1"),
@@ -68,7 +71,8 @@ def test_random_arm_must_be_able_to_reach_its_mean():
 
 
 CLI_WRONG = [
-    (["--task", "chess"], "config: expected a TOML file, got 'chess'"),
+    (["--task", "chess"], "task: expected one of math, alfworld, webshop, "),
+    (["--config", "chess"], "config: expected a TOML file, got 'chess'"),
     (["--config", "math", "--task", "chess"], "task: expected one of math, alfworld, webshop, "),
     (["--parallel", "fsdp2"], "parallel: expected fsdp2 under torchrun"),
     (["--task-option", "dataset=chess"], "expected one of number_sorting, chain_sum"),
@@ -112,6 +116,24 @@ def test_random_runs_after_the_arm_whose_uses_it_copies():
     assert asked.match == {"random": "dgg", "shuffled": "dgg"}
 
 
+def test_a_control_of_a_control_runs_after_it():
+    changes = {"gate": "shuffled", "match": "random"}
+    asked = plan(TINY, ["late", "random", "gain", "dgg"], [0], {"late": changes})
+    assert list(asked.arms) == ["gain", "dgg", "random", "late"]
+
+
+def test_mean_uses_that_are_given_take_the_place_of_a_match_alone(tmp_path):
+    toml = tmp_path / "my.toml"
+    toml.write_text("[arms.dgg]\n[arms.random]\nlearning_rate = 1e-3")
+    for options, match in (([], {"random": "dgg"}), (["--mean-uses", "3"], {})):
+        argv = ["compare", "--out", "x", "--config", str(toml), *options]
+        args, file = parser().parse_args(argv), read_toml(str(toml))
+        asked = plan_of(args, file, config_of(args, file))
+        assert asked.arms["random"].learning_rate == 1e-3 and asked.match == match
+        assert asked.arms["random"].gate == "random"
+        assert asked.arms["random"].mean_uses == (3.0 if options else 2.0)
+
+
 PLAN = """
 seeds = [3, 4]
 num_iterations = 4
@@ -145,6 +167,12 @@ def test_a_file_may_hold_arms_seeds_and_a_grid(tmp_path, monkeypatch):
     assert squared.gate_squared and squared.learning_rate == 1e-4 and squared.rollout_batches == 7
 
 
+def test_a_plan_has_an_arm(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"arms": {}, "seeds": [0], "match": {}}')
+    assert main(["resume", "--out", str(tmp_path)]) == 2
+    assert "arms: expected at least one" in capsys.readouterr().err
+
+
 def stop(*_):
     raise KeyboardInterrupt
 
@@ -154,6 +182,10 @@ def stop(*_):
     [
         ("[arms.x]\ngate = 'shuffled'", "expected an arm whose uses x is to match"),
         ("[arms.x]\ngate = 'random'\nmatch = 'y'", "expected y beside x"),
+        ("[arms.x]\nmatch = 'y'\n[arms.y]\nmatch = 'x'", "matches itself, got ['x', 'y', 'x']"),
+        ("[arms.'../x']", "arms: expected names of folders, got '../x'"),
+        ("[arms.'a/b']", "arms: expected names of folders, got 'a/b'"),
+        ("[arms.dgg]\n[grid]\nvllm_url = ['http://a:1']", "of folders, got 'dgg@http://a:1'"),
         ("[arms.x]\nspeed = 3", "expected settings of TrainConfig, got 'speed'"),
         ("[arms.x]\ngate_average = 'mean'", "gate_average: expected"),
         ("[grid]\nspeed = [1, 2]", "expected settings of TrainConfig, got 'speed'"),
@@ -161,14 +193,57 @@ def stop(*_):
         ("[arms]\ndgg = 3", "arms: expected tables of settings, got"),
         ("[grid]\nlearning_rate = 1e-4", "grid: expected a list of values for each field, got"),
         ("seeds = [1.5]", "seeds: expected a list of integers, got"),
+        ("seeds = [0, -1]", "seed: expected an integer >= 0 and <"),
+        ("seeds = [2, 3, 2]", "seeds: expected each once, got [2, 3, 2]"),
+        (
+            "[arms.x]\n[arms.y]\nhidden_size = 32",
+            "hidden_size: expected the same in all arms, whose start is one, got 32 in y",
+        ),
+        ("[arms.x]\n[arms.y]\ntask_options = { dataset = 'chain_sum' }", "task_options: expected"),
+        ("[grid]\nwarmup_accuracy = [0.1, 0.2]", "warmup_accuracy: expected the same in all arms"),
     ],
 )
-def test_a_plan_that_makes_no_sense_is_refused(text, expected, tmp_path, capsys):
+def test_a_plan_that_makes_no_sense_is_refused(text, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("python_trainer.compare.go_on", stop)
     (tmp_path / "plan.toml").write_text(text)
     argv = ["compare", "--config", str(tmp_path / "plan.toml"), "--out", str(tmp_path / "run")]
     assert main(argv) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seeds", [[-1], [0, 0]])
+def test_wrong_seeds_are_refused_before_a_run_is_removed(seeds, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("python_trainer.compare.go_on", stop)
+    log = tmp_path / "dgg" / "seed-0" / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    argv = ["compare", "--out", str(tmp_path), "--overwrite", "--seeds", *map(str, seeds)]
+    assert main(argv) == 2
+    assert capsys.readouterr().err.startswith("error: seed") and log.exists()
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_run_is_removed_when_that_is_asked_for_and_nothing_else(
+    command, tmp_path, monkeypatch, capsys
+):
+    theirs = [tmp_path / name for name in ("mine.png", "notes/seed-7/notes.txt", "gate.jpg")]
+    state = "gone/seed-7/checkpoints/00000001/state.json"
+    ours = ["gate.png", "report.html", "summary.json", "gone/seed-7/metrics.jsonl", state]
+    ours = [tmp_path / name for name in ours]
+    for path in (*theirs, *ours):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setattr("python_trainer.compare.go_on", stop)
+    assert main([command, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out: expected a folder without a run, got")
+    assert error.count("\n") == 1 and "`resume`" in error and "--overwrite" in error
+    assert all(path.exists() for path in (*theirs, *ours))
+    assert not (tmp_path / "run.json").exists()
+    assert main([command, "--out", str(tmp_path), "--overwrite"]) == 130
+    assert all(path.exists() for path in theirs) and not any(path.exists() for path in ours)
+    assert main([command, "--out", str(tmp_path)]) == 130  # nothing was run yet
 
 
 def test_every_field_is_an_option():

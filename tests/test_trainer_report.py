@@ -26,6 +26,7 @@ FINAL = {
     "fixed_k4": (0.30, 0.35, 0.25),
     "dgg": (0.42, 0.442, 0.458),
     "random": (0.43, 0.42, 0.462),
+    "gain": (0.45, 0.44, 0.46),
 }
 EPISODE = ["sort 31>", "13", "no", "31"]
 
@@ -33,7 +34,7 @@ EPISODE = ["sort 31>", "13", "no", "31"]
 def log_rows(arm, seed, batches):
     """What the loop logs, in the shape of `loop.update_row` and its neighbours."""
     final = FINAL[arm][seed]
-    uses = {"single_use": 1, "fixed_k4": 4, "dgg": 3, "random": 2}[arm]
+    uses = {"single_use": 1, "fixed_k4": 4, "dgg": 3, "random": 2, "gain": 3}[arm]
     step = 0
     for batch in range(1, batches + 1):
         if batch % 2 == 1:
@@ -78,7 +79,8 @@ def make(tmp_path):
                 log.write(row)
             log.close()
         summary = {
-            "interrupted": False, "error": None, "versions": {"torch": "2"}, "commit": None,
+            "interrupted": False, "error": None, "match": asked.match,
+            "versions": {"torch": "2"}, "commit": None,
             "warmups": {str(s): {"steps": 5, "accuracy": 0.2, "reached": True} for s in seeds},
             "runs": runs, "config": {arm: asdict(config) for arm, config in asked.arms.items()},
             **status,
@@ -123,8 +125,8 @@ def test_one_seed_says_that_it_is_one(make):
     assert lines["Fixed K=4"][7] == "never"
     said = " ".join(verdict(summary))
     assert "best first: Random stop 43.0%, DGG 42.0%, Single use 40.0%, Fixed K=4 30.0%" in said
-    assert "DGG minus single use: +2.0 points at the end" in said
-    assert "DGG minus random stop (2.00 against 2.00 uses per batch): -1.0 points" in said
+    assert "DGG minus Single use: +2.0 points at the end" in said
+    assert "DGG minus Random stop (2.00 against 2.00 uses per batch): -1.0 points" in said
     assert said.endswith("This is one seed, 0: run several before trusting a small difference.")
     assert "±" not in said and "chance" not in said
     page, images = written(make.out)
@@ -141,15 +143,30 @@ def test_several_seeds_give_means_spreads_and_paired_differences(make):
     assert lines["Random stop"][7] == "6±2" and lines["Fixed K=4"][7] == "never"
     said = " ".join(verdict(summary))
     # 2.0, 2.2, 1.8: mean 2, standard error 0.2 / sqrt(3). -1.0, 2.2, -0.4: 0.27 ± 0.98.
-    assert "DGG minus single use: +2.0 ± 0.1 (beyond chance) at the end" in said
+    assert "DGG minus Single use: +2.0 ± 0.1 (beyond chance) at the end" in said
     assert "+0.3 ± 1.0 (within chance) at the end" in said
     assert "paired by seed" in said and "one seed" not in said
     assert "DGG: 6 (1.3x)" in said  # 8 batches over a mean of 6
     page, images = written(make.out)
     assert images == 4 and "seeds 0, 1, 2" in page
-    cells = ["Single use, at the end", "+2.0", "+2.2", "+1.8", "+2.0 ± 0.1 (beyond chance)"]
+    cells = ["+2.0", "+2.2", "+1.8", "+2.0 ± 0.1 (beyond chance)"]
+    cells = ["DGG minus Single use, at the end", *cells]
     assert "".join(f"<td>{cell}</td>" for cell in cells) in page
     assert page.count("<td>DGG</td>") == 1 + 3  # the mean, and each seed
+
+
+def test_every_gated_arm_is_held_against_its_own_control(make, no_pictures):
+    summary = make([0], ("single_use", "dgg", "gain", "random"))
+    summary["match"] = {"random": "gain"}
+    write_json(make.out / "summary.json", summary)
+    said = [sentence for sentence in verdict(summary) if "minus" in sentence]
+    assert [sentence[: sentence.index(" points")] for sentence in said] == [
+        "DGG minus Single use: +2.0",
+        "Gain gate minus Single use: +5.0",
+        "Gain gate minus Random stop (2.00 against 2.00 uses per batch): +2.0",
+    ]
+    page, _ = written(make.out)
+    assert re.findall("Sampled episodes of (.*?),", page) == ["DGG", "Gain gate"]
 
 
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])

@@ -1,11 +1,14 @@
 """Whole tiny runs: what they log, repeat, replay and leave behind."""
 
+import datetime
 import gc
+import io
 import itertools
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +25,15 @@ from trainer_toys import TINY, Digits, Echo, Fails
 from dgg_kernels import replay
 from python_trainer import checkpoint, compare, loop, report, tasks
 from python_trainer.__main__ import main
-from python_trainer.config import CheckpointError, TaskError
-from python_trainer.files import MetricsLog, per_batch, read_metrics, use_counts, write_atomically
+from python_trainer.config import CheckpointError, ConfigError, TaskError
+from python_trainer.files import (
+    MetricsLog,
+    per_batch,
+    read_metrics,
+    use_counts,
+    write_atomically,
+    write_json,
+)
 from python_trainer.loop import Progress, prepare, train
 from python_trainer.stopping import ARMS, GATED, gate_config
 
@@ -196,18 +206,37 @@ def test_compare_writes_what_the_summary_promises(tmp_path):
         assert sorted(counts["shuffled"]) == sorted(counts["dgg"])
     logs = [tmp_path / "dgg" / f"seed-{seed}" / "metrics.jsonl" for seed in seeds]
     assert logs[0].read_bytes() != logs[1].read_bytes()
-    assert summary["versions"]["torch"] and "commit" in summary
+    assert summary["versions"]["torch"] and "commit" in summary and "cores" in summary["device"]
+    assert datetime.datetime.fromisoformat(summary["date"]).utcoffset() == datetime.timedelta(0)
     assert not list(tmp_path.glob("**/*.tmp"))
 
-    # Nothing is left to do; a later run into the same directory leaves nothing of this one.
+    # Nothing is left to do; a run that takes this one's place leaves nothing of it.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/metrics.jsonl")}
+    write_json(tmp_path / "summary.json", {**summary, "device": "another", "interrupted": True})
     again = compare.go_on(tmp_path, Console(quiet=True))
+    assert again["device"] == "another" and not again["interrupted"]  # where it was run
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for run in (*again["runs"], *summary["runs"]):
         del run["seconds"], run["wall_s"]  # the last save's is not in what it saved
     assert again["runs"] == summary["runs"] and again["warmups"] == summary["warmups"]
-    compare.begin(compare.Plan({"dgg": TINY}, [0]), tmp_path)
+    with pytest.raises(ConfigError, match="out: expected a folder without a run"):
+        compare.begin(compare.Plan({"dgg": TINY}, [0]), tmp_path)
+    compare.begin(compare.Plan({"dgg": TINY}, [0]), tmp_path, overwrite=True)
     assert not list(tmp_path.glob("*/*/*")) and not list(tmp_path.glob("*.png"))
+
+
+def test_an_arm_that_is_run_later_has_the_same_start(tmp_path):
+    arms = {"hot": replace(TINY, temperature=1.5), "cold": TINY}
+    logs = []
+    for out in (tmp_path / "whole", tmp_path / "later"):
+        compare.begin(compare.Plan(arms, [0]), out)
+        compare.go_on(out, Console(quiet=True))
+        logs.append(out / "cold" / "seed-0" / "metrics.jsonl")
+    shutil.rmtree(logs[1].parent)
+    summary = json.loads((out / "summary.json").read_text())
+    write_json(out / "summary.json", {**summary, "device": "another"})
+    assert compare.go_on(out, Console(quiet=True))["device"] == summary["device"]
+    assert logs[0].read_bytes() == logs[1].read_bytes()
 
 
 def options_of(config):
@@ -237,6 +266,18 @@ def test_environment_that_raises_ends_in_one_line_and_resume_goes_on(tmp_path, c
     assert main(["eval", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert f"accuracy {summary['runs'][0]['final_accuracy']:.4f}" in said and "(reward" in said
+
+
+def test_what_a_policy_says_does_not_steer_the_terminal(tmp_path, monkeypatch):
+    compare.begin(compare.Plan({"dgg": replace(TINY, rollout_batches=1)}, [0]), tmp_path)
+    compare.go_on(tmp_path, Console(quiet=True))
+    hostile = ["\x1b]0;title\x07", " \x1b[2Jgone\r[bold]\ud800"]
+    monkeypatch.setattr(compare, "shown", lambda *_: hostile)
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=200)
+    compare.evaluate(tmp_path, 1, console)
+    said = console.file.getvalue()
+    assert r"\x1b]0;title\x07" in said and r"\x1b[2Jgone\r[bold]\ud800" in said
+    assert not set(said) & set("\x1b\x07\r")
 
 
 @pytest.mark.parametrize(("act", "expected"), [

@@ -62,9 +62,7 @@ def arms_table(runs: Runs) -> Iterator[str]:
                 cells.append("-")
             else:
                 spread = f" ± {stdev(found):.1f}" if len(found) > 1 and metric != "uses" else ""
-                cells.append(
-                    f"{fmean(found):.{2 if metric in (GOAL, SOONER, 'uses') else 1}f}{spread}"
-                )
+                cells.append(f"{fmean(found):.{2 if metric in CLOSE else 1}f}{spread}")
         yield f"| {label(arm)} | {len(runs[arm])} | " + " | ".join(cells) + " |"
 
 
@@ -127,9 +125,10 @@ def surge_table(runs: Runs) -> Iterator[str]:
             late += steps[-len(steps) // 4 :]
         if rises:
             rose = fmean(rise > 1 for rise in rises)
+            first, last = (f"{median(of):.2f}" if of else "-" for of in (early, late))
             yield (
                 f"| {label(arm)} | {median(rises):.2f} | {np.percentile(rises, 95):.2f} "
-                f"| {rose:.0%} | {median(early):.2f} | {median(late):.2f} |"
+                f"| {rose:.0%} | {first} | {last} |"
             )
 
 
@@ -206,8 +205,10 @@ def draw(name: str, runs: Runs, about: list[dict[str, Any]], found: Found) -> No
 
 
 def heading(name: str, about: list[dict[str, Any]]) -> list[str]:
+    """What made the record; older ones do not say where and when."""
     commits = dict.fromkeys(str(of["commit"])[:12] for of in about)
-    return [f"Record {name}: commits {', '.join(commits)}.", ""]
+    made = dict.fromkeys(f"{of['device']}, {of['date'][:10]}" for of in about if "device" in of)
+    return [f"Record {name}: commits {', '.join(commits)}{''.join(f'; {of}' for of in made)}.", ""]
 
 
 def say(name: str, lines: list[str]) -> None:

@@ -26,7 +26,7 @@ FORWARD = 1 / 3  # of an update's time: a backward takes about twice as long as 
 def updates_paid(run: Run, batches: int) -> float:
     """Updates computed for the first so many batches; those refused before a backward cost less."""
     return sum(
-        FORWARD if row["gate/shut"] and math.isnan(row["gate/energy"]) else 1.0
+        FORWARD if row["gate/shut"] and math.isnan(row["grad_norm"]) else 1.0
         for row in updates(run.rows)
         if row["rollouts"] <= batches
     )
@@ -34,7 +34,8 @@ def updates_paid(run: Run, batches: int) -> float:
 
 def reached(run: Run, goal: float) -> int:
     """Rollout batches until it is as accurate; all of them if it never is."""
-    return max(1, run.reaches(goal) or run.curve[-1][0])
+    batches = run.reaches(goal)
+    return max(1, run.curve[-1][0] if batches is None else batches)
 
 
 def speedup(run: Run, single: Run | None, sampling: float = 1.0) -> float:

@@ -130,6 +130,7 @@ def main() -> None:
     options = ["train", "--out", str(args.out), "--gate", "off", *settings]
     shared = config_of(parser().parse_args(options), read_toml(args.config))
     console, runs, warmups = Console(), {}, {}
+    status = {"interrupted": False, "error": None, "match": {}}
     configs = dict.fromkeys(("oracle", "all_uses"), shared)
     write_json(args.out / "run.json", asdict(Plan(configs, args.seeds)))
     for seed in args.seeds:
@@ -140,7 +141,7 @@ def main() -> None:
             folder = args.out / arm / f"seed-{seed}"
             with progress_bar(console, arm, config.rollout_batches) as tick:
                 runs[arm, seed] = one(arm, config, start, folder, tick)
-            write_json(args.out / "summary.json", summarise(configs, runs, warmups, {}))
+            write_json(args.out / "summary.json", summarise(configs, runs, warmups, status))
             console.print(f"{folder}: done")
 
 

@@ -76,7 +76,8 @@ def write(
             file.write(json.dumps({"type": "beside", "record": other, "arms": theirs}) + "\n")
         for folder in folders:
             summary = json.loads((folder / "summary.json").read_text())
-            about = {key: summary[key] for key in ("versions", "commit", "warmups")}
+            known = ("versions", "commit", "warmups", "device", "date")
+            about = {key: summary[key] for key in known if key in summary}
             plan = json.loads((folder / "run.json").read_text())
             file.write(json.dumps({"type": "about", **about, **plan}) + "\n")
             for run in summary["runs"]:
