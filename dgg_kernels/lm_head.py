@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import wraps
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -171,7 +172,21 @@ _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 # -- public ---------------------------------------------------------------------------------------
 
+P = ParamSpec("P")
 
+
+def _without_gradient_of_lse(function: Callable[P, LogprobOutput]) -> Callable[P, LogprobOutput]:
+    """What callers keep an lse for, the next pass, would keep this pass's graph."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> LogprobOutput:
+        out = function(*args, **kwargs)
+        return out._replace(lse=out.lse.detach())
+
+    return call
+
+
+@_without_gradient_of_lse
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -221,28 +236,6 @@ def linear_logprob(
             looked at by the host: its row's outputs and gradients are NaN, which shuts the gate.
         RuntimeError: a backward with `create_graph=True`: there is no second derivative.
     """
-    out = logprob_with_lse(
-        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap,
-        ignore_index=ignore_index, grad_eps=grad_eps, lse_ref=lse_ref, screen=screen, gate=gate,
-    )  # fmt: skip
-    return out._replace(lse=out.lse.detach())
-
-
-def logprob_with_lse(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    grad_eps: float = 2**-12,
-    lse_ref: Tensor | None = None,
-    screen: Screen | None = None,
-    gate: GradientGate | None = None,
-) -> LogprobOutput:
-    """`linear_logprob` with an lse that has a gradient, too: logp + lse is the target's logit."""
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_tensors(hidden, weight, target, bias, lse_ref)
     _check_scalars(temperature, softcap, grad_eps, ignore_index)
@@ -289,6 +282,10 @@ def logprob_with_lse(
     if len(shape) != 1:  # of one dimension already: FSDP2 warns of outputs that are views
         logp, entropy, lse, sum_p2 = (o.reshape(shape) for o in (logp, entropy, lse, sum_p2))
     return LogprobOutput(logp, entropy, lse, sum_p2, screen_stats)
+
+
+# With an lse that has a gradient, too: logp + lse is then the target's logit.
+logprob_with_lse: Callable[..., LogprobOutput] = linear_logprob.__wrapped__  # pyright: ignore
 
 
 def autocast(
