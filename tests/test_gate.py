@@ -906,12 +906,14 @@ def test_a_schedule_that_is_built_before_its_checkpoint_is_loaded_counts_on():
     def build():
         optimizer = torch.optim.AdamW([weight], lr=1.0, fused=True)
         gate = GradientGate(GateConfig(threshold=math.inf), weight)
+        gate.attach(optimizer)
         inner = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
         return gate, inner, GatedScheduler(inner, gate.applied_updates)
 
     def update(gate, schedule):
         gate.new_batch()
         gate.decide(energy=torch.tensor(1.0))
+        schedule.scheduler.optimizer.step()
         schedule.step()
 
     gate, inner, schedule = build()

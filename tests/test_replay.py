@@ -11,7 +11,7 @@ import pytest
 from trainer_toys import TINY, Digits
 
 from dgg_kernels.replay_log import read_energies
-from python_trainer.files import energies, read_metrics, updates
+from python_trainer.files import per_batch, read_metrics, updates
 from python_trainer.loop import Progress, prepare, train
 
 LOG = [[1.0, 1.1 + 0.01 * (i % 3), 1.2] for i in range(20)] + [[1.0, 9.0, 1.0], [1.0, None, 1.0]]
@@ -90,7 +90,8 @@ def test_a_log_of_the_trainer_replays_by_command_as_it_went(tmp_path):
     train(config, prepare(config, Digits()), tmp_path, Progress())
     rows = updates(read_metrics(tmp_path / "metrics.jsonl"))
     read = read_energies(tmp_path / "metrics.jsonl", mini_batches=2)
-    assert read == energies(rows) and len(read) == config.rollout_batches
+    assert read == [*per_batch(updates(rows), "gate/energy").values()]
+    assert len(read) == config.rollout_batches
     done = command(tmp_path / "metrics.jsonl", "--mini-batches", 2, "--window", 3,
                    "--threshold", -0.5, "--max-reuse", config.num_iterations)  # fmt: skip
     shut = sum(row["gate/shut"] for row in rows)
