@@ -402,11 +402,14 @@ class Driver(nvidia.CudaDriver):
         of_tile = {n: next(tiles, None) for n, t in source.signature.items()
                    if str(t).startswith("tensordesc")}  # fmt: skip
 
+        # triton 3.9 hands over a third argument, which it does not read.
+        unread = [None] * (nvidia.make_tensordesc_arg.__code__.co_argcount - 2)
+
         def launch(x: int, y: int, z: int, *rest: Any) -> None:
             arguments = dict(zip(source.signature, rest[6:], strict=True))
             assert 0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16
             for name, meta in of_tile.items():
-                nvidia.make_tensordesc_arg(arguments[name], meta)
+                nvidia.make_tensordesc_arg(arguments[name], meta, *unread)
             # Compiled kernels outlive this driver.
             triton.runtime.driver.active.gpu.launched(source.name, arguments.values())
 
