@@ -5,8 +5,9 @@
     python -m benchmarks.bench_lm_head --device cuda --dtype bfloat16 --model qwen2.5-7b gemma-2-9b
 
 Rows are hidden states of SmolLM2-135M on text it sampled itself (benchmarks/rows.py). Every variant
-runs once per round, in turn; medians and p20/p80 over the rounds; ratios are medians of the ratios
-to the bare product `hidden @ weight.T` of the same round. Speed is refused when the check is red.
+runs once per round, in an order drawn for each; medians and p20/p80 over the rounds; ratios are
+medians of the ratios to the bare product `hidden @ weight.T` of the same round. Speed is refused
+when the check is red.
 Options that take several values are measured in every combination, each with a record of its own.
 """
 

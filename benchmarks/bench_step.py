@@ -5,9 +5,9 @@
 
 One update: forward of the decoder, head and loss, backward of both, clipping of the global norm,
 fused AdamW. All heads see the same weights, tokens, targets and advantages, and run once per round,
-in turn. The head's phases are cut off the decoder's at the hidden states, which costs nothing: the
-same kernels run in the same order. Each head's loss and gradients are first held against fp64; one
-that is off gets no time, and when it is ours the benchmark ends.
+in an order drawn for each. The head's phases are cut off the decoder's at the hidden states, which
+costs nothing: the same kernels run in the same order. Each head's loss and gradients are first held
+against fp64; one that is off gets no time, and when it is ours the benchmark ends.
 
 SmolLM2 answers prompts of its own, sampled here. Without weights (`qwen2.5-1.5b`, and `tiny` for
 tests) tokens are random, and the final norm is scaled until the policy's entropy is that of a

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -90,13 +91,15 @@ Phases = dict[str, float]  # seconds of each phase of one run
 def interleave(
     variants: dict[str, Callable[[], Phases]], rounds: int, tick: Callable[[str], None]
 ) -> dict[str, list[Phases]]:
-    """Run every variant once per round, in turn, so that drift of the machine hits all alike.
+    """Run every variant once per round, so that drift of the machine hits all alike.
 
-    One round before the first warms up and is dropped.
+    In an order drawn for each round: what one leaves behind, such as memory that it gave back, is
+    not always the same one's burden. One round before the first warms up and is dropped.
     """
     runs: dict[str, list[Phases]] = {name: [] for name in variants}
     for round_ in range(rounds + 1):
-        for name, variant in variants.items():
+        for name in random.Random(round_).sample([*variants], len(variants)):
+            variant = variants[name]
             tick(name)
             if torch.cuda.is_available():
                 time.sleep(0.25)  # under unbroken load a GPU lowers its clocks
