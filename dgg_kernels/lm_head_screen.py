@@ -299,12 +299,11 @@ def quantize_rows_into(x: Tensor, to: Codes, unchanged: Tensor | None = None) ->
     R, D = x.shape
     x = by_rows(x)
     if R > 0:
-        with torch.cuda.device_of(x):
-            quantize_kernel[(R,)](
-                x, *to, unchanged, D, x.stride(0), LARGEST[to.codes.dtype],
-                BLOCK_D=min(4096, triton.next_power_of_2(D)), INT8=to.codes.dtype == torch.int8,
-                ASK=unchanged is not None,
-            )  # fmt: skip
+        quantize_kernel[(R,)](
+            x, *to, unchanged, D, x.stride(0), LARGEST[to.codes.dtype],
+            BLOCK_D=min(4096, triton.next_power_of_2(D)), INT8=to.codes.dtype == torch.int8,
+            ASK=unchanged is not None,
+        )  # fmt: skip
 
 
 # Standard deviations of the screen's error that the threshold is lowered by: an entry with p > eps

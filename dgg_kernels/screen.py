@@ -56,7 +56,8 @@ def _quantize_rows(
         torch.ops.dgg.quantize_rows_cpu(x, codes, scale, norm_sq, residual_sq, unchanged)
         return
     module = importlib.import_module(f"{__package__}.lm_head_screen")  # needs triton
-    module.quantize_rows_into(x, module.Codes(codes, scale, norm_sq, residual_sq), unchanged)
+    with torch.cuda.device_of(x):
+        module.quantize_rows_into(x, module.Codes(codes, scale, norm_sq, residual_sq), unchanged)
 
 
 @_quantize_rows.register_fake
