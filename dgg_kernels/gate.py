@@ -58,11 +58,13 @@ class GateConfig:
         include_shut: whether values that shut the gate enter the window too.
         mini_batches: mini-batches per pass over the rollout batch, one optimizer step each. An
             increment compares a mini-batch with its own previous use.
-        energy: "head" is the norm of the lm_head's own gradient dL/dW; "parameter" the norm of
-            `weight.grad`, which for tied embeddings also holds the embedding's gradient.
+        energy: what is scored. "head" is the norm of the lm_head's own gradient dL/dW; "parameter"
+            the norm of `weight.grad`, which for tied embeddings also holds the embedding's
+            gradient; "loss" what `foresee()` is given before the backward, whose increment is what
+            the last update failed to gain (`gate/energy` is then the head's norm all the same).
         accumulate: keep the head's own gradient between the backward passes of one update, [V, D]
-            of memory. Needed for `energy="head"` when several passes make one update and
-            `weight.grad` is not their sum: tied embeddings, or a frozen weight.
+            of memory. Needed for its norm when several passes make one update and `weight.grad`
+            is not their sum: tied embeddings, or a frozen weight.
     """
 
     threshold: float = 0.5
@@ -74,7 +76,7 @@ class GateConfig:
     squared: bool = False
     include_shut: bool = False
     mini_batches: int = 1
-    energy: Literal["head", "parameter"] = "head"
+    energy: Literal["head", "parameter", "loss"] = "head"
     accumulate: bool = False
 
     def __post_init__(self) -> None:
@@ -328,22 +330,26 @@ class GradientGate:
         self._awaits_step = self._foreseen = self._seen_shut = False
 
     def foresee(self, signal: Tensor) -> None:
-        """Score this update before its backward is paid for, by a signal of the forward.
+        """Score this update before its backward is paid for: `GateConfig(energy="loss")`.
 
-        The signal, its increments and their window take the place of the gradient's norm: high is
-        bad, as with the loss, whose increment is what the last update failed to gain. Enqueued on
-        the device, like `decide()`, which is still to be called after the backward: it takes the
-        clip scale, and shuts on a NaN or Inf gradient. Where `is_shut()` says so, `backward()`,
-        `decide()` and `step()` may all be left out.
+        Enqueued on the device, like `decide()`, which is still to be called after the backward: it
+        takes the clip scale, and shuts on a NaN or Inf gradient. Where `is_shut()` says so,
+        `backward()` may be left out, and `decide()` and `step()`, too.
 
         Args:
-            signal: a 0-dim tensor of this update's forward; over several ranks their mean counts.
+            signal: a 0-dim tensor of this update's forward, of which high is bad, as of the loss;
+                over several ranks their mean counts.
 
         Raises:
-            RuntimeError: no `new_batch()` yet, a second time for one update, or the optimizer has
-                not stepped since the last `decide()`.
+            RuntimeError: the gate scores a gradient; no `new_batch()` yet, a second time for one
+                update, or the optimizer has not stepped since the last `decide()`.
             ValueError: `signal` is not one floating value on the gate's device.
         """
+        if self.config.energy != "loss":
+            raise RuntimeError(
+                "foresee: expected a gate with GateConfig(energy='loss'), which scores what it is "
+                f"given here, got energy={self.config.energy!r}"
+            )
         self._check_turn("foresee")
         if self._foreseen:
             raise RuntimeError("foresee: called twice without decide() in between")
@@ -360,7 +366,7 @@ class GradientGate:
 
         Args:
             energy: a 0-dim tensor to score in place of the lm_head gradient's norm, for instance
-                the global gradient norm.
+                the global gradient norm. Of a foreseen update it is the energy that is logged.
             grad_norm: a 0-dim tensor to clip by in place of the norm over the attached optimizers:
                 the global norm where ranks hold different parts as plain tensors, which the gate
                 cannot tell from copies (`distributed.sharded_norm`). The clipping to
@@ -368,11 +374,14 @@ class GradientGate:
 
         Raises:
             RuntimeError: no `new_batch()` yet, no backward through `linear_logprob(gate=...)` since
-                the last decision, or the optimizer has not stepped since then.
+                the last decision, or the optimizer has not stepped since then; the gate scores the
+                loss and has not been told it.
             ValueError: `energy` or `grad_norm` is not one floating value on the gate's device, or
                 `grad_norm` came without a `max_grad_norm` at `attach`.
         """
         self._check_turn("decide")
+        if self.config.energy == "loss" and not self._foreseen:
+            raise RuntimeError("decide: call foresee(loss) first: GateConfig.energy is 'loss'")
         self._check_scalar("energy", energy)
         self._check_scalar("grad_norm", grad_norm)
         limit = self.max_grad_norm
@@ -381,16 +390,19 @@ class GradientGate:
                 "grad_norm: expected None, as attach() was given no max_grad_norm to clip to, "
                 f"got {_described(grad_norm)}"
             )
-        if energy is None:
-            signal, squares = self._own_signal()
-        else:
-            signal = _same_on_all_ranks(energy.detach().to(torch.float64).reshape(1))
-            squares = False
-        total_norm = None
-        if limit is not None:
-            total_norm = self.total_grad_norm() if grad_norm is None else grad_norm.detach()
-            total_norm = _same_on_all_ranks(total_norm.to(torch.float32).reshape(()))
-        self._decide(signal, squares, total_norm, phase=2 if self._foreseen else 0)
+        # Foreseen and shut, an update may come without its backward: there is nothing to add then.
+        left_out = self._foreseen and not self._backwards and energy is None
+        if not (left_out and self.is_shut(wait=True)):
+            if energy is None:
+                signal, squares = self._own_signal()
+            else:
+                signal = _same_on_all_ranks(energy.detach().to(torch.float64).reshape(1))
+                squares = False
+            total_norm = None
+            if limit is not None:
+                total_norm = self.total_grad_norm() if grad_norm is None else grad_norm.detach()
+                total_norm = _same_on_all_ranks(total_norm.to(torch.float32).reshape(()))
+            self._decide(signal, squares, total_norm, phase=2 if self._foreseen else 0)
         self._foreseen = False
         self._forget_backward()
         # A scaler that found an Inf may leave the step out.
@@ -551,7 +563,7 @@ class GradientGate:
             raise RuntimeError(
                 "decide: no backward through linear_logprob(..., gate=gate) since the last decision"
             )
-        head, frozen = self.config.energy == "head", not self.weight.requires_grad
+        head, frozen = self.config.energy != "parameter", not self.weight.requires_grad
         if head and self._head_grad is not None:
             gradient, scaled = self._head_grad, True
         elif head and self._backwards == 1 and (self._grad_was_empty or frozen) and _alone():

@@ -2,6 +2,7 @@
 
 The log holds one JSON object per update attempt with `gate/energy` (null for NaN) and `gate/reuse`
 (the pass over the rollout batch, from 1), as the trainer writes it; other lines are passed over.
+What a gate that scores the loss would have done is said by `--signal loss`.
 `rollouts`, where the objects have it, is the batch; else one begins where `gate/reuse` is 1 again.
 A log of fixed re-use shows every threshold whole; in a gated one a batch ends where that run's own
 gate shut.
@@ -18,15 +19,18 @@ from pathlib import Path
 from dgg_kernels import Decision, GateConfig, replay
 
 
-def read_energies(path: Path, mini_batches: int = 1) -> list[list[float]]:
-    """Energies per rollout batch.
+def read_energies(
+    path: Path, mini_batches: int = 1, signal: str = "gate/energy"
+) -> list[list[float]]:
+    """What a gate scored, or could have scored, per rollout batch.
 
     Args:
         path: of the log.
         mini_batches: updates a pass.
+        signal: name of the number to take.
 
     Raises:
-        ValueError: a line is not JSON, no line holds an energy, or a batch's first pass is of more
+        ValueError: a line is not JSON, no line holds the signal, or a batch's first pass is of more
             than `mini_batches` updates; names file and line.
     """
     batches: list[list[float]] = []
@@ -35,9 +39,9 @@ def read_energies(path: Path, mini_batches: int = 1) -> list[list[float]]:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                if not isinstance(row, dict) or "gate/energy" not in row:
+                if not isinstance(row, dict) or signal not in row:
                     continue
-                energy = row["gate/energy"]
+                energy = row[signal]
                 energy = float("nan" if energy is None else energy)
                 before, use = use, int(row["gate/reuse"])
             except (ValueError, KeyError, TypeError) as error:
@@ -53,7 +57,7 @@ def read_energies(path: Path, mini_batches: int = 1) -> list[list[float]]:
             batch = row.get("rollouts")
             batches[-1].append(energy)
     if not batches:
-        raise ValueError(f"{path}: expected rows with gate/energy and gate/reuse, got none")
+        raise ValueError(f"{path}: expected rows with {signal} and gate/reuse, got none")
     return batches
 
 
@@ -71,8 +75,8 @@ def row_of(decisions: list[list[Decision]]) -> dict[str, float]:
     }
 
 
-def plot(results: dict[float, list[list[Decision]]], path: Path) -> None:
-    """Energy of every recorded update, and per threshold a mark where the gate would shut."""
+def plot(results: dict[float, list[list[Decision]]], signal: str, path: Path) -> None:
+    """The signal of every recorded update, and per threshold a mark where the gate would shut."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 2.6 + 1.2 * len(results)), dpi=110, layout="constrained")
@@ -88,7 +92,7 @@ def plot(results: dict[float, list[list[Decision]]], path: Path) -> None:
             position += len(batch)
         energies = [flat[m].energy for m in marks]
         ax.plot(marks, energies, "x", color="#D55E00", markersize=5)
-        ax.set_ylabel(f"energy, τ = {threshold:g}")
+        ax.set_ylabel(f"{signal}, τ = {threshold:g}")
         ax.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("recorded update (×: the gate would shut here)")
     figure.savefig(path)
@@ -105,6 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=GateConfig.window)
     parser.add_argument("--max-reuse", type=int, help="default: the longest batch of the log")
     parser.add_argument("--mini-batches", type=int, default=1, help="updates a pass (default 1)")
+    parser.add_argument("--signal", default="gate/energy", metavar="NAME",
+                        help="what to score (default gate/energy)")  # fmt: skip
     parser.add_argument("--statistic", default=GateConfig.statistic)
     parser.add_argument("--average", default=GateConfig.average)
     parser.add_argument("--squared", action="store_true")
@@ -112,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="needs matplotlib")
     args = parser.parse_args(argv)
     try:
-        energies = read_energies(args.log, args.mini_batches)
+        energies = read_energies(args.log, args.mini_batches, args.signal)
         config = GateConfig(
             window=args.window, statistic=args.statistic, average=args.average,
             max_reuse=args.max_reuse or max(map(len, energies)), include_shut=args.include_shut,
@@ -129,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     for threshold, row in rows.items():
         print(f"{threshold:7g}" + "".join(f"{row[name]:16.4g}" for name in names))
     if args.plot:
-        plot(results, args.plot)
+        plot(results, args.signal, args.plot)
         print(f"written: {args.plot}")
     return 0
 

@@ -253,7 +253,9 @@ def gate_config(config: TrainConfig, policy: Policy) -> GateConfig:
     # Backward passes, or ranks', add up in .grad.
     several = config.micro_batch_size is not None or Ranks().world > 1
     frozen = not policy.head.weight.requires_grad
+    foresees = ARMS[config.gate].foresee is not Arm.foresee
     return GateConfig(
+        energy="loss" if foresees else "head",
         threshold=config.score.threshold if config.gate in GATED else math.inf,
         window=config.score.window,
         max_reuse=config.num_iterations,

@@ -451,7 +451,8 @@ def test_the_gate_goes_on_after_a_backward_that_failed(foreseen: bool, accumulat
         torch.manual_seed(0)
         body, head = torch.nn.Linear(5, 8), torch.nn.Linear(8, 37, bias=False)
         optimizer = torch.optim.AdamW([*body.parameters(), head.weight], lr=0.05, fused=True)
-        config = GateConfig(threshold=0.0, window=3, accumulate=accumulate)
+        energy = "loss" if foreseen else "head"
+        config = GateConfig(threshold=0.0, window=3, accumulate=accumulate, energy=energy)
         gate, seen = GradientGate(config, head.weight), []
         gate.attach(optimizer, max_grad_norm=0.2)
         for batch, use in itertools.product(range(6), range(4)):

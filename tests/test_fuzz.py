@@ -291,16 +291,16 @@ CALLS = ["new_batch", "backward", "nan_backward", "decide", "decide_nan", "fores
          "state_dict", "load", "detach", "attach", "metrics", "zero_grad", "is_shut"]  # fmt: skip
 
 
-@target(60, config=configs, calls=st.lists(st.sampled_from(CALLS), max_size=25),
-        clips=st.booleans())  # fmt: skip
-def test_gate_call_order(config, calls, clips):
+@target(60, config=configs, energy=st.sampled_from(["head", "loss"]), clips=st.booleans(),
+        calls=st.lists(st.sampled_from(CALLS), max_size=25))  # fmt: skip
+def test_gate_call_order(config, energy, calls, clips):
     """Any order of the gate's methods, NaN gradients in between: weights stay finite.
 
     A call out of turn raises RuntimeError and moves nothing; a shut gate moves no weight.
     """
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(4, 3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    gate = GradientGate(config, weight)
+    gate = GradientGate(replace(config, energy=energy), weight)
     limit = 1.0 if clips else None
     gate.attach(optimizer, limit)
     attached, refused, saved, spoilt = True, 0, gate.state_dict(), False

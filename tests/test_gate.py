@@ -181,7 +181,7 @@ def everything(body, head, optimizer):
 
 
 def test_a_foreseen_update_is_scored_by_its_signal_and_shut_before_the_backward():
-    _, head, optimizer, gate, backward = make(window=4, threshold=0.1)
+    _, head, optimizer, gate, backward = make(window=4, threshold=0.1, energy="loss")
     signals, shut, applied = [], [], 0
     for _ in range(12):
         gate.new_batch()
@@ -208,7 +208,7 @@ def test_a_foreseen_update_is_scored_by_its_signal_and_shut_before_the_backward(
 @pytest.mark.parametrize("foreseen", [0.0, math.nan])
 def test_a_foreseen_update_with_a_broken_gradient_is_not_applied(foreseen):
     """Nor is one that was foreseen as bad and computed all the same, by a host that looks late."""
-    body, head, optimizer, gate, backward = make()
+    body, head, optimizer, gate, backward = make(energy="loss")
     for broken in (False, True):
         gate.new_batch()
         gate.foresee(torch.tensor(foreseen if broken else 0.0))
@@ -219,6 +219,35 @@ def test_a_foreseen_update_with_a_broken_gradient_is_not_applied(foreseen):
     assert gate.is_shut() and gate.applied_updates() == 1
     after = flat(everything(body, head, optimizer))
     assert all(same_bits(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_foreseen_update_that_is_shut_may_be_decided_without_its_backward():
+    """As a trainer does that calls decide() and step() for every update, whatever became of it."""
+    body, head, optimizer, gate, backward = make(energy="loss")
+    gate.new_batch()
+    gate.foresee(_ONE)
+    with pytest.raises(RuntimeError, match="decide: no backward through"):
+        gate.decide()  # not shut: it was forgotten
+    backward()
+    gate.decide()
+    optimizer.step()
+    gate.foresee(torch.tensor(math.nan))
+    before = flat(everything(body, head, optimizer))
+    decided = gate.state_dict()["state"]
+    gate.decide()
+    with pytest.raises(RuntimeError, match=r"foresee: optimizer\.step\(\) was not called"):
+        gate.foresee(_ONE)
+    optimizer.step()
+    after = flat(everything(body, head, optimizer))
+    assert all(same_bits(a, b) for a, b in zip(before, after, strict=True))
+    assert same_bits(gate.state_dict()["state"], decided)
+    assert gate.is_shut() and float(gate.metrics()["updates_attempted"]) == 2
+    gate.new_batch()  # and the next batch trains on
+    gate.foresee(_ONE)
+    backward()
+    gate.decide()
+    optimizer.step()
+    assert gate.applied_updates() == 2
 
 
 def flat(tree):
@@ -558,6 +587,10 @@ MISUSE = {
     "decided twice, energy given": ("decided", decide_with(energy=_ONE), "decide: optimizer"),
     "late backward": ("decided", lambda gate, backward: backward(),
                       r"gate: a backward ran between decide\(\) and optimizer\.step\(\)"),
+    "foresee by a gradient's gate": ("ready", foresee(), r"foresee: expected a gate with GateConfig"
+                                     r"\(energy='loss'\), .* got energy='head'"),
+    "foreseen not at all": ("ready", decide_with(), r"decide: call foresee\(loss\) first"),
+    "foreseen not at all, energy given": ("ready", decide_with(energy=_ONE), r"call foresee\(loss"),
     "foreseen before new_batch": ("built", foresee(), r"foresee: call new_batch\(\)"),
     "foreseen twice": ("foreseen", foresee(), r"foresee: called twice without decide\(\)"),
     "foreseen too late": ("decided", foresee(), r"foresee: optimizer\.step\(\) was not called"),
@@ -585,20 +618,23 @@ MISUSE = {
 @pytest.mark.parametrize("misuse", MISUSE)
 def test_misuse_is_refused_before_any_state_changes(misuse):
     when, call, says = MISUSE[misuse]
-    body, head, optimizer, gate, backward = make()
+    foresees = misuse.startswith("foreseen")
+    body, head, optimizer, gate, backward = make(energy="loss" if foresees else "head")
     if when != "built":  # Adam has moments, and the gate a past
         for _ in range(2):
             gate.new_batch()
+            if foresees:
+                gate.foresee(_ONE)
             backward()
             gate.decide()
             optimizer.step()
         gate.new_batch()
     if when in ("ready", "decided"):
         backward()
+    if when == "foreseen" or (foresees and when == "decided"):
+        gate.foresee(_ONE)
     if when == "decided":
         gate.decide()
-    if when == "foreseen":
-        gate.foresee(_ONE)
 
     def now():
         own = [gate.state_dict()["state"], gate.found_inf, gate.grad_scale, gate.row_sq]
@@ -609,6 +645,8 @@ def test_misuse_is_refused_before_any_state_changes(misuse):
         call(gate, backward)
     assert all(same_bits(a, b) for a, b in zip(before, now(), strict=True))
     if when == "ready":  # as if nothing had been tried
+        if foresees:
+            gate.foresee(_ONE)
         gate.decide()
         exact = torch.linalg.vector_norm(head.weight.grad.double())
         torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)

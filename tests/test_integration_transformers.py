@@ -16,6 +16,7 @@ import transformers
 from tiny_models import MODELS, V, build
 
 from dgg_kernels import GateConfig, GradientGate, replay
+from dgg_kernels.integrations import transformers as integration
 from dgg_kernels.integrations.transformers import CausalHead, DGGCallback, patch_lm_head
 from dgg_kernels.replay_log import read_energies
 
@@ -98,6 +99,26 @@ def test_temperature_and_num_items_in_batch():
     expected = scaled.gather(-1, labels[:, 1:, None].clamp_min(0))[..., 0] * (labels[:, 1:] != -100)
     torch.testing.assert_close(out.log_probs, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.loss, -expected.sum() / 50, rtol=1e-4, atol=1e-5)
+
+
+def test_a_use_gives_the_head_the_log_sum_exps_of_the_last_one(monkeypatch):
+    """`lse_ref` for the head, from the last use's output."""
+    given, own = [], integration.linear_logprob
+
+    def noted(*args, lse_ref=None, **options):
+        given.append(lse_ref)
+        return own(*args, lse_ref=lse_ref, **options)
+
+    model, (inputs, labels) = build("Phi3"), batch()
+    expected = model(**inputs).logits[:, :-1].logsumexp(-1) * (labels[:, 1:] != -100)
+    monkeypatch.setattr(integration, "linear_logprob", noted)
+    patch_lm_head(model)
+    first = model(**inputs, labels=labels)
+    again = model(**inputs, labels=labels, lse_ref=first.lse)
+    torch.testing.assert_close(first.lse, expected, rtol=1e-4, atol=1e-5)
+    assert not first.lse.requires_grad and given[:2] == [None, None]
+    assert given[2].shape == labels.shape and given[2][:, :-1].equal(first.lse)
+    assert again.log_probs.equal(first.log_probs)
 
 
 def test_the_head_in_float32_under_autocast():
@@ -199,6 +220,12 @@ class Reuse(transformers.Trainer):
             self.gate.new_batch()
         return super().get_batch_samples(*args)
 
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.gate is not None and self.gate.config.energy == "loss":
+            self.gate.foresee(loss)
+        return loss
+
 
 class Applied(transformers.TrainerCallback):
     """Whether each update changed the weights, and the learning rate it was made with."""
@@ -215,7 +242,7 @@ class Applied(transformers.TrainerCallback):
         self.changed.append(any(not now[name].equal(old) for name, old in self.before.items()))
 
 
-def trainer(out, threshold=None, reporter=None, **options):
+def trainer(out, threshold=None, energy="head", **options):
     """Six batches of four sequences, each used K times; no gate without a threshold."""
     model = build("Llama")
     generator = torch.Generator().manual_seed(2)
@@ -232,7 +259,7 @@ def trainer(out, threshold=None, reporter=None, **options):
     made = Reuse(model, args, train_dataset=data, callbacks=[applied])
     made.applied = applied
     if threshold is not None:
-        config = GateConfig(threshold=threshold, window=3, max_reuse=K)
+        config = GateConfig(threshold=threshold, window=3, max_reuse=K, energy=energy)
         made.gate = GradientGate(config, model.lm_head.weight)
         patch_lm_head(model, gate=made.gate, grad_eps=0.0)
         callbacks = made.callback_handler.callbacks
@@ -269,12 +296,14 @@ def test_trainer_with_a_gate_that_never_shuts_is_the_stock_trainer(options, tmp_
     assert all(0.5 < row["gate/energy"] <= row["grad_norm"] for row in rows(ours))
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
-def test_trainer_skips_what_the_gate_shuts_and_its_schedule_waits(optim, tmp_path):
-    """Trainer skips what the gate shuts, as `replay` says; its schedule counts applied updates;
-    metrics in the logs.
+@pytest.mark.parametrize(("optim", "energy"), [
+    ("adamw_torch_fused", "head"), ("adamw_torch", "head"), ("adamw_torch_fused", "loss"),
+])  # fmt: skip
+def test_trainer_skips_what_the_gate_shuts_and_its_schedule_waits(optim, energy, tmp_path):
+    """Trainer skips what the gate, on the head's gradient or on the loss, shuts, as `replay` says;
+    its schedule counts applied updates; metrics in the logs.
     """
-    made = trainer(tmp_path, 0.0, optim=optim)
+    made = trainer(tmp_path, 0.0, energy, optim=optim)
     seen = []
 
     class Reporter(transformers.TrainerCallback):
@@ -288,7 +317,8 @@ def test_trainer_skips_what_the_gate_shuts_and_its_schedule_waits(optim, tmp_pat
     # As replay says, from the log as anyone would read it from a file.
     file = tmp_path / "log.jsonl"
     file.write_text("\n".join(map(json.dumps, made.state.log_history)))
-    decisions = [d for b in replay(read_energies(file), made.gate.config) for d in b]
+    signal = "loss" if energy == "loss" else "gate/energy"
+    decisions = [d for b in replay(read_energies(file, 1, signal), made.gate.config) for d in b]
     shut = [d.shut for d in decisions]
     assert shut == [bool(row["gate/shut"]) for row in log] and 3 < sum(shut) < len(shut) - 3
     assert made.applied.changed == [not s for s in shut]

@@ -28,6 +28,7 @@ LOSSES = ["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 # Gates of a run this short: they act after four increments, and shut about every second time.
 EAGER = GateConfig(threshold=0.0, window=4)
 NEVER = GateConfig(threshold=math.inf, window=4)
+GAIN = replace(EAGER, energy="loss", threshold=-0.3)
 
 
 @pytest.fixture(scope="module")
@@ -170,31 +171,43 @@ def shut_of(run):
     """What the gate did at each update of the log, which must be what replay says of it."""
     file = Path(run.trainer.args.output_dir) / "log.jsonl"
     file.write_text("\n".join(map(json.dumps, run.trainer.state.log_history)))
-    decisions = [d for b in replay(read_energies(file), run.trainer.gate.config) for d in b]
+    gate = run.trainer.gate.config
+    signal = "loss" if gate.energy == "loss" else "gate/energy"
+    logged = read_energies(file, gate.mini_batches, signal)
+    decisions = [d for b in replay(logged, gate) for d in b]
     shut = [bool(row["gate/shut"]) for row in run.rows]
     assert [d.shut for d in decisions] == shut
     return shut
 
 
-@pytest.mark.parametrize(("tied", "options"), [
-    (False, {}),
-    (True, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
-])  # fmt: skip
-def test_the_gate_shuts_as_replay_says_and_fresh_prompts_are_drawn(tied, options, paths, tmp_path):
-    """The gate shuts as `replay` says; the rest of the batch is dropped, and no prompt comes twice
-    in a pass; the schedule counts applied updates.
+@pytest.mark.parametrize(("gate", "tied", "options"), [
+    (EAGER, False, {}),
+    (EAGER, True, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+    (GAIN, False, {}),
+    (GAIN, True, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+], ids=["norm", "norm-tied-accumulation", "loss", "loss-tied-accumulation"])  # fmt: skip
+def test_the_gate_shuts_as_replay_says_and_fresh_prompts_are_drawn(
+    gate, tied, options, paths, tmp_path
+):
+    """The gate, on the head's gradient or on the loss, shuts as `replay` says; the rest of the
+    batch is dropped, and no prompt comes twice in a pass; the schedule counts applied updates.
     """
-    run = gated(paths[tied], tmp_path, max_steps=30, **options)
-    gate, weights = run.trainer.gate, []
-    decide = gate.decide
+    run, config = gated(paths[tied], tmp_path, gate, max_steps=30, **options), gate
+    gate, weights, backwards = run.trainer.gate, [], [0]
+    decide, record = gate.decide, gate.record
 
     def noted():
         weights.append(run.trainer.model.lm_head.weight.detach().clone())
         decide()
+        backwards.append(0)
 
-    gate.decide = noted
+    def counted(d_weight):
+        backwards[-1] += 1
+        record(d_weight)
+
+    gate.decide, gate.record = noted, counted
     run.train()
-    assert gate.config == replace(EAGER, max_reuse=4, accumulate=tied)
+    assert gate.config == replace(config, max_reuse=4, accumulate=tied)
     shut, reuse = shut_of(run), [int(row["gate/reuse"]) for row in run.rows]
     assert 3 <= sum(shut) < 15
     # A batch ends where the gate shut, or after its four uses: the next row is a first use.
@@ -203,6 +216,9 @@ def test_the_gate_shuts_as_replay_says_and_fresh_prompts_are_drawn(tied, options
     # A shut update changes nothing, an open one does.
     for n in range(29):
         assert weights[n].equal(weights[n + 1]) == shut[n]
+    # The loss is known before the last backward, which is then left out.
+    spared = [config is GAIN and was_shut for was_shut in shut]
+    assert backwards[:30] == [(2 if options else 1) - left_out for left_out in spared]
     # No prompt comes back before the pass over them ends: twelve draws of two.
     assert len(run.prompts) == reuse.count(1) > 8
     for first in range(0, len(run.prompts), 12):
@@ -236,10 +252,11 @@ def test_mini_batches_are_compared_with_themselves(paths, tmp_path):
     assert increments[2:] == [energies[2] - energies[0], energies[3] - energies[1]]
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(paths, tmp_path):
+@pytest.mark.parametrize("gate", [EAGER, GAIN], ids=["norm", "loss"])
+def test_a_resumed_run_is_the_uninterrupted_one(gate, paths, tmp_path):
     """Resume with the same bits: in the midst of a batch, at its end, after a shut."""
     options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 1, "letters": "abcdefgh"}
-    whole = gated(paths[False], tmp_path, **options).train()
+    whole = gated(paths[False], tmp_path, gate, **options).train()
     shut, reuse = shut_of(whole), [int(row["gate/reuse"]) for row in whole.rows]
     after_shut = shut.index(True) + 1
     midst = next(n for n in range(after_shut + 1, 20) if reuse[n] in (2, 3))
@@ -247,13 +264,49 @@ def test_a_resumed_run_is_the_uninterrupted_one(paths, tmp_path):
     new_pass = [n for n in range(20) if reuse[n] == 1][4]  # the fifth draw of two of eight
     epoch = 16  # as the Trainer counts
     for step in {after_shut, midst, last, new_pass, epoch}:
-        resumed = gated(paths[False], tmp_path / f"from{step}", **options)
+        resumed = gated(paths[False], tmp_path / f"from{step}", gate, **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert [r["gate/energy"] for r in resumed.rows] == [r["gate/energy"] for r in whole.rows]
+        energies = [[r.get("gate/energy") for r in run.rows] for run in (resumed, whole)]
+        assert energies[0] == energies[1]
         assert [r["loss"] for r in resumed.rows] == [r["loss"] for r in whole.rows]
         assert resumed.prompts == whole.prompts[-len(resumed.prompts) :]
         for name, weight in whole.weights.items():
             assert resumed.weights[name].equal(weight), name
+
+
+def test_each_use_gives_the_head_the_log_sum_exps_of_the_last_one(paths, tmp_path, monkeypatch):
+    """The head gets each token's log-sum-exp of the last use, and the old log-probs' for the first:
+    several mini-batches, gradient accumulation, a reference.
+    """
+    from dgg_kernels.integrations import transformers
+
+    calls, own = [], transformers.linear_logprob
+
+    def noted(hidden, weight, target, *, lse_ref=None, **options):
+        out = own(hidden, weight, target, lse_ref=lse_ref, **options)
+        calls.append((torch.is_grad_enabled(), target, lse_ref, out.lse))
+        return out
+
+    monkeypatch.setattr(transformers, "linear_logprob", noted)
+    options = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "beta": 0.1}
+    options |= {"per_device_train_batch_size": 2, "max_steps": 6, "num_iterations": 3}
+    options["generation_kwargs"] = {"min_new_tokens": 6}  # long enough to tell them apart by
+    run = gated(paths[False], tmp_path, NEVER, **options).train()
+    calls = calls[2:]  # of the checks, when it was patched
+    last = {}  # log-sum-exps by sequence
+    for trained, targets, lse_ref, lse in calls:
+        assert (lse_ref is not None) == trained
+        known = [last.get(tuple(row.tolist())) for row in targets]
+        for i, row in enumerate(targets):
+            kept = row != -100
+            if trained:
+                torch.testing.assert_close(lse_ref[i][kept], known[i][kept])
+            # The reference's come after the old ones.
+            if trained or known[i] is None:
+                last[tuple(row.tolist())] = lse[i]
+    assert sum(trained for trained, *_ in calls) == 2 * len(run.rows) == 12
+    moved = [(ref - lse).abs().max() for trained, _, ref, lse in calls if trained]
+    assert max(moved[:2]) < 1e-5 < 1e-3 < min(moved[4:])
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(paths, tmp_path):
@@ -383,10 +436,14 @@ def test_smollm2_with_rewards_of_reasoning_gym(smollm2, tmp_path):
     assert any(shut) and not all(shut)
 
 
-def test_two_processes_decide_alike(paths, tmp_path):
+@pytest.mark.parametrize("energy", ["head", "loss"])
+def test_two_processes_decide_alike(energy, paths, tmp_path):
     """Two processes (DDP, gloo): the same decisions and weights on both."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launch, __file__, paths[True], tmp_path], check=True, capture_output=True)
+    done = subprocess.run(
+        [*launch, __file__, paths[True], tmp_path, energy], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["state"].nan_to_num(-1.0).equal(two["state"].nan_to_num(-1.0))
     assert one["shut"] == two["shut"] and any(one["shut"]) and not all(one["shut"])
@@ -396,8 +453,9 @@ def test_two_processes_decide_alike(paths, tmp_path):
     assert len(set(drawn)) == len(drawn)
 
 
-def on_one_of_two(path, out):
-    run = gated(path, out, max_steps=14, per_device_train_batch_size=4).train()
+def on_one_of_two(path, out, energy):
+    gate = GAIN if energy == "loss" else EAGER
+    run = gated(path, out, gate, max_steps=14, per_device_train_batch_size=4).train()
     kept = {
         "state": run.trainer.gate.state_dict()["state"],
         "shut": [row["gate/shut"] for row in run.rows[:-1]],

@@ -83,6 +83,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker  #
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 from verl.workers.utils.padding import left_right_2_no_padding  # noqa: E402
 
+from dgg_kernels.integrations import verl_head  # noqa: E402
 from dgg_kernels.integrations.verl import (  # noqa: E402
     DGGEngine,
     DGGEngineConfig,
@@ -101,6 +102,7 @@ attention_utils._get_attention_functions = lambda: tuple(
 V, D = 40, 16
 NEVER = {"threshold": math.inf, "window": 4}
 EAGER = {"threshold": 0.0, "window": 4}  # acts after four increments; shuts every second time
+GAIN = {**EAGER, "energy": "loss"}
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 ENVIRONMENT = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"} | dict.fromkeys(
     ["RANK", "LOCAL_RANK"], "0"
@@ -348,11 +350,13 @@ micro-batches, several mini-batches, the fused head, another optimizer with `hos
     assert not same_bits(*ours.steps[0])
 
 
+@pytest.mark.parametrize("gate", [EAGER, GAIN], ids=["norm", "loss"])
 @pytest.mark.parametrize("tied, fused", [(False, False), (True, True)])
-def test_a_shut_gate_changes_nothing_and_ends_the_reuse(paths, tied, fused):
-    """The gate shuts as `replay` says: that step leaves weights and moments as they were, the \
-rest of the batch is left out, the learning rate steps once; metrics in verl's."""
-    run = Run(paths[tied], EAGER, fused=fused, micro=4)
+def test_a_shut_gate_changes_nothing_and_ends_the_reuse(paths, tied, fused, gate):
+    """The gate, on the head's gradient or on the loss, shuts as `replay` says: that step leaves \
+weights and moments as they were, the rest of the batch is left out, the learning rate steps once; \
+metrics in verl's."""
+    run = Run(paths[tied], gate, fused=fused, micro=4)
     rates = []
     logs = []
     for i in range(8):
@@ -361,7 +365,9 @@ rest of the batch is left out, the learning rate steps once; metrics in verl's."
     assert rates == list(range(1, 9))
     assert all(len(log["lr"]) == 1 for log in logs)
     energies = [log["gate/energy"] for log in logs]
-    decisions = replay(energies, GateConfig(**EAGER))
+    assert all(energy > 0 for log in energies for energy in log)
+    signals = [log["loss"] for log in logs] if gate is GAIN else energies
+    decisions = replay(signals, GateConfig(**gate))
     shuts = [log["gate/shut"] for log in logs]
     assert shuts == [[d.shut for d in batch] for batch in decisions]
     assert any(len(s) < 4 for s in shuts) and any(s == [0] * 4 for s in shuts)
@@ -371,6 +377,34 @@ rest of the batch is left out, the learning rate steps once; metrics in verl's."
     flat = [shut for s in shuts for shut in s]
     for shut, (before, after) in zip(flat, run.steps, strict=True):
         assert same_bits(before, after) == bool(shut)
+
+
+def test_each_use_gives_the_head_the_log_sum_exps_of_the_last_one(paths, monkeypatch):
+    """The fused head gets each token's log-sum-exp of the last use: several mini-batches, \
+micro-batches; not where an epoch shuffles them."""
+    calls, own = [], verl_head.linear_logprob
+
+    def noted(hidden, weight, target, *, lse_ref=None, **options):
+        out = own(hidden, weight, target, lse_ref=lse_ref, **options)
+        calls.append((target, lse_ref, out.lse))
+        return out
+
+    monkeypatch.setattr(verl_head, "linear_logprob", noted)
+    run = Run(paths[False], fused=True, micro=2)
+    run.train([0, 1], mini=4, epochs=3)
+    assert len(calls) == 2 * 3 * 4
+    for batch_of in (calls[:12], calls[12:]):
+        assert all(known is None for _, known, _ in batch_of[:4])
+        for before, now in zip(batch_of, batch_of[4:], strict=False):
+            assert now[0].equal(before[0]) and now[1].equal(before[2])
+            assert not now[2].equal(before[2])
+    calls.clear()
+    run.log_probs()
+    data = batch(2, mini=8, epochs=3)
+    tu.assign_non_tensor(data, dataloader_kwargs={"shuffle": True})
+    shuffled = Run(paths[False], fused=True, micro=2)
+    shuffled.worker.train_mini_batch(data)
+    assert len(calls) == 1 + 12 and all(known is None for _, known, _ in calls)
 
 
 def test_mini_batches_are_compared_with_themselves(paths):
@@ -431,17 +465,18 @@ def test_bf16_with_weights_in_fp32(paths):
         assert not same_bits(*run.steps[0])
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(paths, tmp_path):
+@pytest.mark.parametrize("gate", [EAGER, GAIN], ids=["norm", "loss"])
+def test_a_resumed_run_is_the_uninterrupted_one(paths, gate, tmp_path):
     """A checkpoint holds the gate: a resumed run has the same bits."""
-    whole = Run(paths[True], EAGER)
+    whole = Run(paths[True], gate)
     expected = whole.train(range(8))
-    first = Run(paths[True], EAGER)
+    first = Run(paths[True], gate)
     first.train(range(4))
     first.worker.save_checkpoint(str(tmp_path / "one"))
-    second = Run(paths[True], EAGER)
+    second = Run(paths[True], gate)
     second.worker.load_checkpoint(str(tmp_path / "one"))
     second.worker.save_checkpoint(str(tmp_path / "two"))  # before it has built its gate
-    third = Run(paths[True], EAGER)
+    third = Run(paths[True], gate)
     third.train([0])
     third.worker.load_checkpoint(str(tmp_path / "two"))
     for run in (second, third):
@@ -494,7 +529,8 @@ def test_what_is_not_covered_is_refused(paths):
 
 def test_two_processes_decide_alike(paths, stock, tmp_path):
     """Two processes (FSDP2, gloo): one process's decisions and weights, tied and untied, with \
-and without the fused head, sharded or replicated (`fsdp_size`); a vocabulary in two parts."""
+and without the fused head, on the loss, sharded or replicated (`fsdp_size`); a vocabulary in two \
+parts."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     folders = [str(paths[True]), str(paths[False])]
     done = subprocess.run(
@@ -502,9 +538,13 @@ and without the fused head, sharded or replicated (`fsdp_size`); a vocabulary in
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for tied, cases in ((True, ["tied head"]), (False, ["untied head", "untied replicated"])):
+    for tied, gate, cases in (
+        (True, EAGER, ["tied head"]),
+        (False, EAGER, ["untied head", "untied replicated"]),
+        (False, GAIN, ["untied head, loss"]),
+    ):
         Qwen2ForCausalLM.forward = OWN_FORWARD
-        alone = Run(paths[tied], EAGER, fused=True)
+        alone = Run(paths[tied], gate, fused=True)
         logs = alone.train(range(6))
         for case in cases:
             one, two = (rank[case] for rank in ranks)
@@ -535,13 +575,14 @@ def head_inputs():
 def on_one_of_two(tied_path, untied_path, folder):
     dist.init_process_group("gloo")
     kept = {}
-    for case, path, options in (
-        ("tied head", tied_path, {"fused": True}),
-        ("untied head", untied_path, {"fused": True}),
-        ("untied replicated", untied_path, {"fsdp_size": 1}),
+    for case, path, gate, options in (
+        ("tied head", tied_path, EAGER, {"fused": True}),
+        ("untied head", untied_path, EAGER, {"fused": True}),
+        ("untied head, loss", untied_path, GAIN, {"fused": True}),
+        ("untied replicated", untied_path, EAGER, {"fsdp_size": 1}),
     ):
         Qwen2ForCausalLM.forward = OWN_FORWARD
-        run = Run(path, EAGER, micro=4, **options)
+        run = Run(path, gate, micro=4, **options)
         logs = run.train(range(6))
         kept[case] = {
             "shut": [[float(x) for x in log["gate/shut"]] for log in logs],

@@ -85,15 +85,17 @@ def test_several_mini_batches_make_a_pass(tmp_path, numbered):
     assert done.stdout.startswith(f"{path}: 3 rollout batches, 11 updates\n"), done.stderr
 
 
-def test_a_log_of_the_trainer_replays_by_command_as_it_went(tmp_path):
-    config = replace(TINY, mini_batches=2, gate_threshold=-0.5)
+@pytest.mark.parametrize(("gate", "signal"), [("dgg", "gate/energy"), ("gain", "loss")])
+def test_a_log_of_the_trainer_replays_by_command_as_it_went(gate, signal, tmp_path):
+    config = replace(TINY, gate=gate, mini_batches=2, gate_threshold=-0.5)
     train(config, prepare(config, Digits()), tmp_path, Progress())
     rows = updates(read_metrics(tmp_path / "metrics.jsonl"))
-    read = read_energies(tmp_path / "metrics.jsonl", mini_batches=2)
-    assert read == [*per_batch(updates(rows), "gate/energy").values()]
+    read = read_energies(tmp_path / "metrics.jsonl", mini_batches=2, signal=signal)
+    assert read == [*per_batch(updates(rows), signal).values()]
     assert len(read) == config.rollout_batches
     done = command(tmp_path / "metrics.jsonl", "--mini-batches", 2, "--window", 3,
-                   "--threshold", -0.5, "--max-reuse", config.num_iterations)  # fmt: skip
+                   "--threshold", -0.5, "--max-reuse", config.num_iterations, "--signal", signal,
+                   *(["--include-shut"] * config.score.include_shut))  # fmt: skip
     shut = sum(row["gate/shut"] for row in rows)
     counts = [str(n) for n in (len(rows), len(rows) - shut, shut)]
     assert shut and done.stdout.splitlines()[2].split()[1:4] == counts

@@ -115,11 +115,13 @@ class LogprobModelOutput(ModelOutput):
         loss: negative log-likelihood, summed and divided by `num_items_in_batch`, or the mean.
         log_probs: [B, T - 1] fp32, of the labels from the second on; 0 where the label is -100.
         entropy: [B, T - 1] fp32, of the whole distribution, in nats.
+        lse: [B, T - 1] fp32, log-sum-exps without gradient: `lse_ref` of the batch's next use.
     """
 
     loss: Tensor | None = None
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
+    lse: Tensor | None = None
 
 
 class PatchedHead:
@@ -154,7 +156,8 @@ def patch_lm_head(
     """Let `model(..., labels=labels)` return per-token log-probs, without making logits.
 
     Without labels the forward is the one it was, so that `generate` is untouched. With them it
-    returns a `LogprobModelOutput`; a loss is its own, or a few lines over `log_probs`.
+    returns a `LogprobModelOutput`; a loss is its own, or a few lines over `log_probs`. With
+    `lse_ref=` of the batch's last use, too, a GPU's head goes over the vocabulary once less.
 
     Args:
         model: a transformers causal LM, or the PEFT model around one.
@@ -175,13 +178,15 @@ def patch_lm_head(
     own_forward = getattr(model.forward, "__func__", model.forward)  # to be bound to a copy, too
 
     def log_probs(
-        model: Any, labels: Tensor, scale: float, *args: Any, **inputs: Any
+        model: Any, labels: Tensor, lse_ref: Tensor | None, scale: float, *args: Any, **inputs: Any
     ) -> LogprobOutput:
         head = CausalHead(model)
         inputs |= {"use_cache": False, "return_dict": True}
         hidden = head.decoder(*args, **inputs).last_hidden_state
         # Position t predicts token t + 1, and the last one nothing that is known.
         target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        if lse_ref is not None:
+            lse_ref = nn.functional.pad(lse_ref, (0, 1))
         autocast = torch.autocast(hidden.device.type, enabled=False)
         with autocast if float32 else contextlib.nullcontext():
             return head.logprob(
@@ -189,6 +194,7 @@ def patch_lm_head(
                 target,
                 temperature=scale,
                 ignore_index=IGNORE,
+                lse_ref=lse_ref,
                 gate=gate if torch.is_grad_enabled() else None,
                 **options,
             )
@@ -201,17 +207,19 @@ def patch_lm_head(
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         fused_lm_head: bool = True,  # TRL's word for what labels mean here
+        lse_ref: Tensor | None = None,
         **inputs: Any,
     ) -> Any:
         if labels is None:
             return own_forward(self, *args, **inputs)
-        out = log_probs(self, labels, temperature, *args, **inputs)
+        out = log_probs(self, labels, lse_ref, temperature, *args, **inputs)
         count = num_items_in_batch
         if count is None:
             count = (labels[:, 1:] != IGNORE).sum()
-        return LogprobModelOutput(-out.logp.sum() / count, out.logp[:, :-1], out.entropy[:, :-1])
+        mean = -out.logp.sum() / count
+        return LogprobModelOutput(mean, out.logp[:, :-1], out.entropy[:, :-1], out.lse[:, :-1])
 
-    check_logprobs(model, lambda tokens: log_probs(model, tokens, 1.0, tokens).logp[:, :-1])
+    check_logprobs(model, lambda tokens: log_probs(model, tokens, None, 1.0, tokens).logp[:, :-1])
     return PatchedHead(model, forward)
 
 
@@ -221,7 +229,8 @@ class DGGCallback(TrainerCallback, ExportableState):
     It decides on every update, takes over the clipping to `max_grad_norm` (the gate must see the
     gradient unclipped), lets the learning-rate schedule count applied updates, adds the gate's
     metrics to the logs, and keeps the gate's state in the checkpoints. When a batch of rollouts
-    begins and ends is the trainer's to say: `gate.new_batch()`, `gate.is_shut(wait=True)`.
+    begins and ends is the trainer's to say: `gate.new_batch()`, `gate.is_shut(wait=True)`; and
+    where the gate scores the loss, so is `gate.foresee(loss)`.
 
     Put it before the callbacks that report, which are called in their order:
     `trainer.callback_handler.callbacks.insert(0, DGGCallback(gate))`.
@@ -281,10 +290,12 @@ class DGGCallback(TrainerCallback, ExportableState):
             return
         metrics = self.gate.metrics()
         values = torch.stack(list(metrics.values())).tolist()
+        # Before its backward an update's energy is not known.
+        energy = None if self.gate.config.energy == "loss" else "gate/energy"
         found = {
             name: value
             for name, value in zip(metrics, values, strict=True)
-            if name == "gate/energy" or not math.isnan(value)
+            if name == energy or not math.isnan(value)
         }
         logs.update(found)
         state.log_history[-1].update(found)

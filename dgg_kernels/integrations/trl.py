@@ -27,8 +27,9 @@ class DGGTrainer(GRPOTrainer):
 
     Args:
         args, kwargs: of GRPOTrainer. `num_iterations` is the gate's `max_reuse`.
-        gate: threshold, window, statistic; `max_reuse`, `mini_batches` and `accumulate` follow
-            from the GRPOConfig. A threshold of `math.inf` never shuts.
+        gate: threshold, window, statistic, energy; `max_reuse`, `mini_batches` and `accumulate`
+            follow from the GRPOConfig. A threshold of `math.inf` never shuts. With `energy="loss"`
+            the gate decides by TRL's loss, before the last backward that an update needs.
         host_gate: as in `GradientGate.attach`: accept an optimizer that cannot skip by itself.
         head_options: of `linear_logprob`: grad_eps, screen.
 
@@ -88,6 +89,9 @@ class DGGTrainer(GRPOTrainer):
         self._saved: dict[str, Any] | None = None  # what a checkpoint has brought
         self._prompts: Any = None  # of the rollouts in use; None when all are used up
         self._drawn = self._end = 0  # batches of prompts; the step at which these are used up
+        self._loss: Any = 0.0  # of this update so far
+        self._lse_ref: Any = None  # for the next log-probs
+        self._found_lse: list[Any] = []  # of each set of log-probs since it was cleared
 
     def _batches(self, loader: Any) -> Iterator[Any]:
         """Every batch of prompts once, pass after pass. TRL's loader repeats it for each step."""
@@ -114,7 +118,7 @@ class DGGTrainer(GRPOTrainer):
         self._loader, saved, self._saved = loader, self._saved, None
         self._source = self._batches(loader)
         self._step = self._drawn = self._end = 0
-        self._buffered_inputs = None
+        self._buffered_inputs, self._loss = None, 0.0
         if saved is not None:
             self._step, self._drawn, self._end = saved["step"], saved["drawn"], saved["end"]
             self._buffered_inputs = saved["rollouts"]
@@ -152,6 +156,46 @@ class DGGTrainer(GRPOTrainer):
             self.control.should_save |= self.args.save_strategy == "steps"
             return [], None
         return [self._prompts] * num_batches, None
+
+    # -- each use hands the head's log-sum-exps to the next one, and its loss to the gate
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, which makes the head's inputs itself; notes the log-sum-exps."""
+        found = []
+
+        def noting(**inputs: Any) -> Any:
+            outputs = model(**inputs, lse_ref=self._lse_ref)
+            found.append(outputs.lse)
+            return outputs
+
+        result = super()._get_per_token_logps_and_entropies(noting, *args, **kwargs)
+        self._found_lse.append(torch.cat(found))
+        return result
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's, with the log-sum-exps of the old log-probs, if it takes any: they come first."""
+        self._lse_ref = None
+        self._found_lse.clear()
+        output = super()._generate_and_score_completions(inputs)
+        if "old_per_token_logps" in output:
+            output["lse"] = self._found_lse[0]
+        return output
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; without a gradient, if the gate has decided by it to discard the update."""
+        self._lse_ref = inputs.get("lse")
+        self._found_lse.clear()
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        (inputs["lse"],) = self._found_lse
+        if self.gate.config.energy != "loss" or not model.training:
+            return loss
+        self._loss = self._loss + loss.detach()
+        if self.accelerator.sync_gradients:
+            self.gate.foresee(self._loss)
+            self._loss = 0.0
+            if self.gate.is_shut(wait=True):
+                return loss.detach().requires_grad_()
+        return loss
 
     # -- checkpoints hold the rollouts in use, so that a resumed run goes on in their midst
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
@@ -84,6 +85,9 @@ class DGGEngine(FSDPEngineWithLMHead):
     gate: GradientGate | None = None  # built at the first batch, whose epochs it needs to know
     _saved: dict[str, Any] | None = None  # a checkpoint's, until there is a gate to take it
     _decision: dict[str, float]
+    _lse: dict[tuple[int, int], list[Tensor]] | None  # of each mini-batch's micro-batches
+    _updates = _micro_batches = 0  # of this batch of rollouts; of this update
+    _loss: Any = 0.0  # of this update, a tensor once there is a part of it
 
     @property
     def _config(self) -> DGGEngineConfig | None:
@@ -129,13 +133,21 @@ class DGGEngine(FSDPEngineWithLMHead):
         if self._fused and isinstance(head, FSDPModule):
             _unshard_with(self.module, head)
 
-    def new_batch(self, epochs: int, mini_batches: int, disable_auto_offload: bool = False) -> None:
+    def new_batch(
+        self,
+        epochs: int,
+        mini_batches: int,
+        disable_auto_offload: bool = False,
+        same_order: bool = True,
+    ) -> None:
         """Open the gate for fresh rollouts, on every rank.
 
         Args:
             epochs: the largest number of uses of each rollout.
             mini_batches: optimizer steps per epoch.
             disable_auto_offload: as in `train_mode`, if the gate is still to be built.
+            same_order: each epoch brings the same tokens in the same order, so that the fused head
+                may be told the log-sum-exps of their last use.
 
         Raises:
             ValueError: other numbers than at the first batch.
@@ -150,6 +162,12 @@ class DGGEngine(FSDPEngineWithLMHead):
                 f"got {(epochs, mini_batches)}"
             )
         self.gate.new_batch()
+        self._lse = {} if same_order else None
+        self._updates = 0
+        self._begin_update()
+
+    def _begin_update(self) -> None:
+        self._micro_batches, self._loss = 0, 0.0
 
     def _built_gate(self, epochs: int, mini_batches: int) -> GradientGate:
         config: Any = self._config
@@ -157,7 +175,8 @@ class DGGEngine(FSDPEngineWithLMHead):
         weight = model.get_output_embeddings().weight
         tied = weight is model.get_input_embeddings().weight
         # Its .grad is not this head's gradient, of which a kernel sees a micro-batch's part.
-        apart = self._fused and settings.energy == "head" and (tied or not weight.requires_grad)
+        elsewhere = tied or not weight.requires_grad
+        apart = self._fused and settings.energy != "parameter" and elsewhere
         follow = {"max_reuse": epochs, "mini_batches": mini_batches, "accumulate": apart}
         gate = GradientGate(replace(settings, **follow), weight)
         if self._saved is not None:
@@ -176,9 +195,18 @@ class DGGEngine(FSDPEngineWithLMHead):
         """verl's, with this package's head where its fused one would run."""
         if self._config is None:
             return super().forward_step(micro_batch, loss_function, forward_only)
-        gate = None if forward_only else self.gate
-        with use_linear_cross_entropy(gate=gate, **self._config.head):
-            return super().forward_step(micro_batch, loss_function, forward_only)
+        if forward_only or self.gate is None:
+            with use_linear_cross_entropy(**self._config.head):
+                return super().forward_step(micro_batch, loss_function, forward_only)
+        lse = None
+        if self._lse is not None:
+            mini_batch = self._updates % self.gate.config.mini_batches
+            lse = self._lse.setdefault((mini_batch, self._micro_batches), [])
+        with use_linear_cross_entropy(gate=self.gate, lse=lse, **self._config.head):
+            loss, output = super().forward_step(micro_batch, loss_function, forward_only)
+        self._micro_batches += 1
+        self._loss = self._loss + loss.detach()
+        return loss, output
 
     def optimizer_step(self) -> float:
         """Decide, clip, step; all of it, if the gate is shut, without effect.
@@ -194,8 +222,12 @@ class DGGEngine(FSDPEngineWithLMHead):
         if not self._fused:
             grad = self.gate.weight.grad
             energy = torch.linalg.vector_norm(grad, dtype=torch.float32).full_tensor()
+        if self.gate.config.energy == "loss":
+            self.gate.foresee(self._loss)
         self.gate.decide(energy)
         self.optimizer.step()
+        self._updates += 1
+        self._begin_update()
         metrics = self.gate.metrics()
         # verl waits for its gradient norm here, too.
         values = torch.stack(list(metrics.values())).tolist()
@@ -275,12 +307,14 @@ class DGGTrainingWorker(TrainingWorker):
             else:
                 mini_batches = data.shape[0] * engine.get_data_parallel_size() // size
             options = tu.get(data, key="dataloader_kwargs", default={})
-            if mini_batches > 1 and options.get("shuffle"):
+            shuffled = options.get("shuffle", False)
+            if mini_batches > 1 and shuffled:
                 raise ValueError("shuffle: expected False with several mini-batches, got True")
             engine.new_batch(
                 tu.get(data, key="epochs", default=1),
                 mini_batches,
                 tu.get(data, key="disable_auto_offload", default=False),
+                same_order=not shuffled,
             )
         return super().train_mini_batch(data)
 

@@ -21,6 +21,7 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     reduction: str = "none",
     dist_process_group: dist.ProcessGroup | None = None,
+    lse: list[Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """verl's `linear_cross_entropy`: log-probs and entropies of N tokens, without their logits.
@@ -33,6 +34,8 @@ def linear_cross_entropy(
         reduction: "none", "sum" or "mean" of the log-probs over all rows. Entropies stay per row.
         dist_process_group: the ranks that share the vocabulary. The gradient of `hidden` is then
             this rank's part, to be summed over the group by the caller, as with verl's kernel.
+        lse: empty, or the log-sum-exps [N] of these tokens' last use, as `lse_ref`: this use's take
+            their place. Without effect with a process group.
         options: of `linear_logprob`: gate, grad_eps, screen. With a process group: grad_eps.
 
     Returns:
@@ -46,7 +49,10 @@ def linear_cross_entropy(
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     options["temperature"] = temperature
     if dist_process_group is None:
-        out = linear_logprob(hidden, weight, labels, **options)
+        known = lse[0] if lse and lse[0].shape == labels.shape else None
+        out = linear_logprob(hidden, weight, labels, lse_ref=known, **options)
+        if lse is not None:
+            lse[:] = [out.lse]
     else:
         ranks, rank = dist.get_world_size(dist_process_group), dist.get_rank(dist_process_group)
         if hidden.requires_grad:
@@ -66,7 +72,7 @@ def use_linear_cross_entropy(**options: Any) -> ExitStack:
     Megatron ones when their module is imported.
 
     Args:
-        options: of `linear_logprob`: gate, grad_eps, screen.
+        options: of `linear_cross_entropy`: lse, gate, grad_eps, screen.
 
     Returns:
         `.close()`, or the end of a `with` block, puts back what was there.
