@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from python_trainer import results
+
 Record = dict[str, Any]
 Row = list[str]
 
@@ -156,7 +158,11 @@ def bias(record: Record) -> Iterator[tuple[str, list[Row]]]:
     ]  # fmt: skip
 
 
+def trl(record: Record) -> Iterator[tuple[str, list[Row]]]:
+    yield "", [[*results.COLUMNS], *results.table(record["summary"])]
+
+
 TABLES: dict[str, Callable[[Record], Any]] = {
     "lm_head": heads, "kernels": kernels, "gate": gates, "step": steps, "screen": screens,
-    "bias": bias,
+    "bias": bias, "trl": trl,
 }  # fmt: skip

@@ -142,6 +142,11 @@ def batch_curve(rows: list[Row], key: str, of: Any) -> Curve:
 
 
 def draw_learning(logs: Logs) -> bytes:
+    return _png(learning(logs))
+
+
+def learning(logs: Logs) -> Any:
+    """Accuracy and reward; rows of type eval and, of the updates, `rollouts` and `reward`."""
     figure, axes = panels(1, 2, 4.6)
     left, right = axes[0]
     for arm, seeds in logs.items():
@@ -153,7 +158,7 @@ def draw_learning(logs: Logs) -> bytes:
     right.set(xlabel="rollout batches", ylabel="mean reward (moving mean of 9 batches)")
     _say_seeds(figure, logs)
     _legend(figure, left)
-    return _png(figure)
+    return figure
 
 
 def draw_gates(logs: Logs, thresholds: dict[str, float]) -> bytes:
