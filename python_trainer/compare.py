@@ -173,9 +173,16 @@ def begin(asked: Plan, out: Path, overwrite: bool = False) -> None:
         ConfigError: a setting is wrong, or `out` holds a run. Nothing was touched.
     """
     for name, config in asked.arms.items():
-        counted = name in asked.match or len(config.use_counts) >= config.rollout_batches
-        if config.gate == "shuffled" and not counted:
-            raise ConfigError(f"arms: expected an arm whose uses {name} is to match, got none")
+        if config.gate == "shuffled":
+            other = asked.match.get(name)
+            counts = len(config.use_counts) if other is None else asked.arms[other].rollout_batches
+            if other is None and counts < config.rollout_batches:
+                raise ConfigError(f"arms: expected an arm whose uses {name} is to match, got none")
+            if counts < config.rollout_batches:
+                raise ConfigError(
+                    f"rollout_batches: expected at most {counts} in {name}, as in {other}, whose "
+                    f"uses it matches, got {config.rollout_batches}"
+                )
         check_parallel(config)
     make_task(asked.first.task, asked.first.task_options)
     check_model(asked.first)

@@ -6,15 +6,18 @@ import argparse
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from trainer_toys import TINY, Digits
 
-from benchmarks import bench_lm_head, bench_step, common, gpu_suite, peers, plot, rows
+from benchmarks import bench_lm_head, bench_step, bench_trl, common, gpu_suite, peers, plot, rows
 from benchmarks.bench_kernels import achieved
 from benchmarks.tables import tables
+from python_trainer.loop import prepare
 
 QUIET = Console(quiet=True)
 RESULTS = Path(plot.__file__).parent / "results"
@@ -132,6 +135,32 @@ def test_a_whole_update(step_record):
         assert v["tokens_per_s"]["median"] > 0 and v["peak_extra_bytes"] > 0
     plot.step_bars(step_record)
     assert "ours, screen int8" in tables({"step": step_record})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("gate", ["off", "dgg", "gain"])
+def test_trl_trains_an_arm_of_the_trainers(gate, tmp_path):
+    pytest.importorskip("trl")
+    config = replace(TINY, gate=gate, gate_threshold=-1.0)
+    start, told = prepare(config, Digits()), []
+    before = start.policy.head.weight.detach().clone()
+    run = bench_trl.Run(config, start, str(tmp_path))
+    run.trainer.reward_funcs = [lambda **told_: told.append(told_) or run.reward(**told_)]
+    progress = run.train()
+    assert progress.finished and progress.rollouts == config.rollout_batches == len(told)
+    # Prompts come in the order in which python_trainer would draw them.
+    for n, of in enumerate(told):
+        expected = [e.prompt for e in Digits().sample(4, f"{config.seed} train {n}")]
+        assert [run.examples[p].prompt for p in of["prompts"][::4]] == expected
+    ended = [ids for of in told for ids in of["completion_ids"]]
+    assert len(ended) == progress.sequences == 6 * 4 * 4 and max(map(len, ended)) <= 5
+    rewards = [r["reward"] for r in run.rows if r["type"] == "update"]
+    digits = [sum(c.isdigit() for c in run.policy.tokenizer.decode(ids)[:5]) / 5 for ids in ended]
+    assert rewards == pytest.approx([sum(digits[i : i + 16]) / 16 for i in range(0, 96, 16)])
+    assert [n for n, _ in progress.accuracy] == [0, 2, 4, 6]
+    assert before.equal(start.policy.head.weight) and not before.equal(run.policy.head.weight)
+    shut = progress.updates_attempted - progress.updates_applied
+    assert (shut > 0) == (gate != "off") and (shut > 0 or progress.updates_applied == 6 * 4)
 
 
 def test_records_become_figures_and_tables(tmp_path):

@@ -436,13 +436,14 @@ def test_smollm2_with_rewards_of_reasoning_gym(smollm2, tmp_path):
     assert any(shut) and not all(shut)
 
 
-@pytest.mark.parametrize("energy", ["head", "loss"])
-def test_two_processes_decide_alike(energy, paths, tmp_path):
+@pytest.mark.parametrize(("energy", "parts"), [("head", 1), ("loss", 1), ("loss", 2)])
+def test_two_processes_decide_alike(energy, parts, paths, tmp_path):
     """Two processes (DDP, gloo): the same decisions and weights on both."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launch, __file__, paths[True], tmp_path, energy], capture_output=True, text=True
-    )
+        [*launch, __file__, paths[True], tmp_path, energy, str(parts)],
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["state"].nan_to_num(-1.0).equal(two["state"].nan_to_num(-1.0))
@@ -453,9 +454,10 @@ def test_two_processes_decide_alike(energy, paths, tmp_path):
     assert len(set(drawn)) == len(drawn)
 
 
-def on_one_of_two(path, out, energy):
+def on_one_of_two(path, out, energy, parts):
     gate = GAIN if energy == "loss" else EAGER
-    run = gated(path, out, gate, max_steps=14, per_device_train_batch_size=4).train()
+    size = {"per_device_train_batch_size": 4 // parts, "gradient_accumulation_steps": parts}
+    run = gated(path, out, gate, max_steps=14, **size).train()
     kept = {
         "state": run.trainer.gate.state_dict()["state"],
         "shut": [row["gate/shut"] for row in run.rows[:-1]],
@@ -467,4 +469,4 @@ def on_one_of_two(path, out, energy):
 
 
 if __name__ == "__main__":
-    on_one_of_two(*sys.argv[1:])
+    on_one_of_two(*sys.argv[1:4], int(sys.argv[4]))

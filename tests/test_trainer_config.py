@@ -182,6 +182,10 @@ def stop(*_):
     [
         ("[arms.x]\ngate = 'shuffled'", "expected an arm whose uses x is to match"),
         ("[arms.x]\ngate = 'random'\nmatch = 'y'", "expected y beside x"),
+        (
+            "[arms.y]\nrollout_batches = 5\n[arms.x]\ngate = 'shuffled'\nmatch = 'y'",
+            "rollout_batches: expected at most 5 in x, as in y, whose uses it matches, got 160",
+        ),
         ("[arms.x]\nmatch = 'y'\n[arms.y]\nmatch = 'x'", "matches itself, got ['x', 'y', 'x']"),
         ("[arms.'../x']", "arms: expected names of folders, got '../x'"),
         ("[arms.'a/b']", "arms: expected names of folders, got 'a/b'"),
