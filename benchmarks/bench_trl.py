@@ -4,9 +4,10 @@
 
 The demo's task (eight digits to sort), model and warm start, trained by TRL in place of
 python_trainer: all arms of a seed begin from the same weights and meet the same prompts in the same
-order, for as many rollout batches. GRPOTrainer trains those without a gate, re-use being its
-`num_iterations`. Learning rates are those that docs/evidence.md tuned for the same arms. Accuracy
-is the exact probability of the right answer on held-out prompts.
+order, for as many rollout batches; what they sample parts with the first update. GRPOTrainer trains
+those without a gate, re-use being its `num_iterations`, with its own exact head; DGGTrainer those
+with one, with its default random tail. Learning rates are those that docs/evidence.md tuned for the
+same arms. Accuracy is the exact probability of the right answer on held-out prompts.
 """
 
 from __future__ import annotations

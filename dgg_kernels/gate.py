@@ -60,11 +60,12 @@ class GateConfig:
             increment compares a mini-batch with its own previous use.
         energy: what is scored. "head" is the norm of the lm_head's own gradient dL/dW; "parameter"
             the norm of `weight.grad`, which for tied embeddings also holds the embedding's
-            gradient; "loss" what `foresee()` is given before the backward, whose increment is what
-            the last update failed to gain (`gate/energy` is then the head's norm all the same).
+            gradient; "loss" what `foresee()` is given, the loss or another signal of the forward:
+            the loss's increment is what the last update failed to gain. `gate/energy` is then the
+            head's norm all the same, NaN where the backward was left out.
         accumulate: keep the head's own gradient between the backward passes of one update, [V, D]
-            of memory. Needed for its norm when several passes make one update and `weight.grad`
-            is not their sum: tied embeddings, or a frozen weight.
+            of memory. Needed for the norm of it, scored or only logged, when several passes make
+            one update and `weight.grad` is not their sum: tied embeddings, or a frozen weight.
     """
 
     threshold: float = 0.5
@@ -334,7 +335,8 @@ class GradientGate:
 
         Enqueued on the device, like `decide()`, which is still to be called after the backward: it
         takes the clip scale, and shuts on a NaN or Inf gradient. Where `is_shut()` says so,
-        `backward()` may be left out, and `decide()` and `step()`, too.
+        `backward()` may be left out, and `decide()` and `step()`, too; with a GradScaler all of
+        them, `scaler.step()` and `scaler.update()` as well, or none.
 
         Args:
             signal: a 0-dim tensor of this update's forward, of which high is bad, as of the loss;
@@ -391,8 +393,9 @@ class GradientGate:
                 f"got {_described(grad_norm)}"
             )
         # Foreseen and shut, an update may come without its backward: there is nothing to add then.
+        # (A GradScaler has to see a gradient at every step: there it is missed as ever.)
         left_out = self._foreseen and not self._backwards and energy is None
-        if not (left_out and self.is_shut(wait=True)):
+        if not (left_out and self._scaler is None and self.is_shut(wait=True)):
             if energy is None:
                 signal, squares = self._own_signal()
             else:

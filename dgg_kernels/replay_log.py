@@ -30,8 +30,8 @@ def read_energies(
         signal: name of the number to take.
 
     Raises:
-        ValueError: a line is not JSON, no line holds the signal, or a batch's first pass is of more
-            than `mini_batches` updates; names file and line.
+        ValueError: a line is not JSON, no update or not every one holds the signal, or a batch's
+            first pass is of more than `mini_batches` updates; names file and line.
     """
     batches: list[list[float]] = []
     batch, use = None, 0  # of the row before
@@ -39,7 +39,7 @@ def read_energies(
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                if not isinstance(row, dict) or signal not in row:
+                if not isinstance(row, dict) or row.keys().isdisjoint({signal, "gate/reuse"}):
                     continue
                 energy = row[signal]
                 energy = float("nan" if energy is None else energy)

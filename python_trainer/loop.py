@@ -330,8 +330,10 @@ class Run:
                 )
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
-        # By which way the gate comes to its energy depends on the number of ranks.
-        gate = state["gate.config"] | {"accumulate": self.arm.gate.config.accumulate}
+        # By which way the gate comes to its energy depends on the number of ranks; and what it
+        # scores is the arm's to say.
+        mine = self.arm.gate.config
+        gate = state["gate.config"] | {"accumulate": mine.accumulate, "energy": mine.energy}
         self.arm.gate.load_state_dict({"config": gate, "state": state["gate.state"]})
         self.arm.memory = state["arm.memory"]
         self.schedule.load_state_dict(state["schedule"])

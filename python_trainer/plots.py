@@ -27,6 +27,7 @@ STYLES = {
     "fixed_k4": ("Fixed K=4", "#E69F00", "--"),
     "fixed_k8": ("Fixed K=8", "#D55E00", "-"),
     "dgg": ("DGG", "#0072B2", "-"),
+    "dgg@1": ("DGG, τ = 1", "#0072B2", "--"),
     "dgg_squared": ("DGG, squared norm", "#0072B2", "--"),
     "random": ("Random stop", "#CC79A7", "--"),
     "shuffled": ("DGG's counts, shuffled", "#CC79A7", "-"),
@@ -61,6 +62,8 @@ def style(arm: str) -> tuple[str, str, str]:
 
     `arm@value` is the arm of a grid (`compare.plan`).
     """
+    if arm in STYLES:
+        return STYLES[arm]
     name, *values = arm.split("@")
     label, colour, dash = STYLES.get(name, (name, "#777777", "-"))
     return " @ ".join([label, *values]), colour, dash

@@ -16,7 +16,10 @@ from trainer_toys import TINY, Digits
 
 from benchmarks import bench_lm_head, bench_step, bench_trl, common, gpu_suite, peers, plot, rows
 from benchmarks.bench_kernels import achieved
-from benchmarks.tables import tables
+from benchmarks.tables import markdown, tables, trl
+from python_trainer.distributed import Ranks
+from python_trainer.engine import TransformersEngine
+from python_trainer.evaluate import Evaluator
 from python_trainer.loop import prepare
 
 QUIET = Console(quiet=True)
@@ -158,6 +161,10 @@ def test_trl_trains_an_arm_of_the_trainers(gate, tmp_path):
     digits = [sum(c.isdigit() for c in run.policy.tokenizer.decode(ids)[:5]) / 5 for ids in ended]
     assert rewards == pytest.approx([sum(digits[i : i + 16]) / 16 for i in range(0, 96, 16)])
     assert [n for n, _ in progress.accuracy] == [0, 2, 4, 6]
+    for policy, (_, accuracy) in ((start.policy, progress.accuracy[0]),
+                                  (run.policy, progress.accuracy[-1])):  # fmt: skip
+        evaluator = Evaluator(start.task, policy, config, Ranks("cpu"))
+        assert accuracy == evaluator.accuracy(policy, TransformersEngine(policy))
     assert before.equal(start.policy.head.weight) and not before.equal(run.policy.head.weight)
     shut = progress.updates_attempted - progress.updates_applied
     assert (shut > 0) == (gate != "off") and (shut > 0 or progress.updates_applied == 6 * 4)
@@ -176,6 +183,19 @@ def test_records_become_figures_and_tables(tmp_path):
     text = tables(records)
     assert "| ours, with lse_ref, screen fp8 | 16.9 |" in text
     assert "| scan | 13.40 |" in text.replace("with lse_ref | ", "")
+
+
+def test_the_page_has_the_table_and_the_ratios_of_trls_record():
+    record = json.loads((RESULTS / "trl.json").read_text())
+    ((_, table),) = trl(record)
+    docs = RESULTS.parents[1] / "docs"
+    assert markdown(table) in (docs / "integrations.md").read_text()
+    needed = {(run["arm"], run["seed"]): run["rollouts_to_single_use_final"]
+              for run in record["summary"]["runs"]}  # fmt: skip
+    for arm, ratio in (("gain", 1.8), ("fixed_k8", 1.9), ("dgg@1", 1.9), ("dgg", 1.3)):
+        fewer = [needed["single_use", seed] / needed[arm, seed] for seed in range(5)]
+        assert sum(fewer) / 5 == pytest.approx(ratio, abs=0.05)
+    plot.plain(*dict(plot.figures({"trl": record}))["trl"].axes)
 
 
 def test_shares_of_the_roofline_are_possible():

@@ -250,6 +250,32 @@ def test_a_foreseen_update_that_is_shut_may_be_decided_without_its_backward():
     assert gate.applied_updates() == 2
 
 
+def test_with_a_scaler_a_left_out_backward_is_missed_as_ever():
+    """GradScaler wants a gradient at every step: to leave one out is to leave out all of it."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 33, bias=False)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.1, fused=True)
+    gate = GradientGate(GateConfig(energy="loss"), head.weight)
+    scaler = torch.amp.GradScaler("cpu")
+    gate.attach(optimizer, max_grad_norm=1.0, scaler=scaler)
+    for shut in (True, False):
+        gate.new_batch()
+        optimizer.zero_grad()
+        out = linear_logprob(torch.randn(4, 8), head.weight, torch.arange(4), gate=gate)
+        gate.foresee(torch.tensor(math.nan) if shut else out.logp.mean())
+        before = head.weight.detach().clone()
+        if shut:
+            with pytest.raises(RuntimeError, match="decide: no backward"):
+                gate.decide()
+            continue
+        scaler.scale(-out.logp.mean()).backward()
+        scaler.unscale_(optimizer)
+        gate.decide()
+        scaler.step(optimizer)
+        scaler.update()
+        assert not before.equal(head.weight)
+
+
 def flat(tree):
     if isinstance(tree, dict):
         tree = list(tree.values())

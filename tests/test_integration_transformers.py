@@ -220,10 +220,16 @@ class Reuse(transformers.Trainer):
             self.gate.new_batch()
         return super().get_batch_samples(*args)
 
-    def compute_loss(self, *args, **kwargs):
-        loss = super().compute_loss(*args, **kwargs)
-        if self.gate is not None and self.gate.config.energy == "loss":
-            self.gate.foresee(loss)
+    loss = 0.0  # of this update so far
+
+    def compute_loss(self, model, *args, **kwargs):
+        loss = super().compute_loss(model, *args, **kwargs)
+        if self.gate is None or self.gate.config.energy != "loss" or not model.training:
+            return loss
+        self.loss = self.loss + loss.detach()
+        if self.accelerator.sync_gradients:
+            self.gate.foresee(self.loss)
+            self.loss = 0.0
         return loss
 
 
@@ -298,6 +304,7 @@ def test_trainer_with_a_gate_that_never_shuts_is_the_stock_trainer(options, tmp_
 
 @pytest.mark.parametrize(("optim", "energy"), [
     ("adamw_torch_fused", "head"), ("adamw_torch", "head"), ("adamw_torch_fused", "loss"),
+    ("adamw_torch", "loss"),
 ])  # fmt: skip
 def test_trainer_skips_what_the_gate_shuts_and_its_schedule_waits(optim, energy, tmp_path):
     """Trainer skips what the gate, on the head's gradient or on the loss, shuts, as `replay` says;

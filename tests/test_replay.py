@@ -50,6 +50,7 @@ def test_table_and_plot(log, tmp_path):
             '{"gate/energy": 1.0}',
             "metrics.jsonl:1: expected a JSON row, got KeyError('gate/reuse')",
         ),
+        ('{"gate/reuse": 1, "loss": 0.1}', ":1: expected a JSON row, got KeyError('gate/energy')"),
         ('{"a": 1}\n', "expected rows with gate/energy and gate/reuse, got none"),
     ],
 )

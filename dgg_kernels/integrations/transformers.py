@@ -115,7 +115,8 @@ class LogprobModelOutput(ModelOutput):
         loss: negative log-likelihood, summed and divided by `num_items_in_batch`, or the mean.
         log_probs: [B, T - 1] fp32, of the labels from the second on; 0 where the label is -100.
         entropy: [B, T - 1] fp32, of the whole distribution, in nats.
-        lse: [B, T - 1] fp32, log-sum-exps without gradient: `lse_ref` of the batch's next use.
+        lse: [B, T - 1] fp32, log-sum-exps without gradient: `lse_ref` of the batch's next use. 0
+            where the label is -100, and everywhere while the gate is shut.
     """
 
     loss: Tensor | None = None
@@ -230,7 +231,7 @@ class DGGCallback(TrainerCallback, ExportableState):
     gradient unclipped), lets the learning-rate schedule count applied updates, adds the gate's
     metrics to the logs, and keeps the gate's state in the checkpoints. When a batch of rollouts
     begins and ends is the trainer's to say: `gate.new_batch()`, `gate.is_shut(wait=True)`; and
-    where the gate scores the loss, so is `gate.foresee(loss)`.
+    where the gate scores the loss, so is `gate.foresee(loss)`, in training and once an update.
 
     Put it before the callbacks that report, which are called in their order:
     `trainer.callback_handler.callbacks.insert(0, DGGCallback(gate))`.
@@ -285,17 +286,15 @@ class DGGCallback(TrainerCallback, ExportableState):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Add the last decision to a training step's logs; a NaN energy alone is a finding."""
+        """Add the last decision to a training step's logs; a NaN energy alone is worth a line."""
         if logs is None or "loss" not in logs:
             return
         metrics = self.gate.metrics()
         values = torch.stack(list(metrics.values())).tolist()
-        # Before its backward an update's energy is not known.
-        energy = None if self.gate.config.energy == "loss" else "gate/energy"
         found = {
             name: value
             for name, value in zip(metrics, values, strict=True)
-            if name == energy or not math.isnan(value)
+            if name == "gate/energy" or not math.isnan(value)
         }
         logs.update(found)
         state.log_history[-1].update(found)

@@ -186,7 +186,7 @@ class DGGTrainer(GRPOTrainer):
         self._lse_ref = inputs.get("lse")
         self._found_lse.clear()
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        (inputs["lse"],) = self._found_lse
+        inputs["lse"] = self._found_lse[0]
         if self.gate.config.energy != "loss" or not model.training:
             return loss
         self._loss = self._loss + loss.detach()
