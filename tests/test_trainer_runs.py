@@ -304,7 +304,9 @@ def assert_same_end(a, b):
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
         if isinstance(value, torch.Tensor):
-            assert torch.equal(value, theirs[name]), name
+            torch.testing.assert_close(
+                value, theirs[name], rtol=0, atol=0, equal_nan=True, msg=name
+            )
         elif name != "progress":  # which counts seconds
             assert value == theirs[name], name
 
@@ -371,6 +373,24 @@ def test_a_checkpoint_of_another_run_is_refused(start, tmp_path):
     one_run(TINY, start, tmp_path)
     with pytest.raises(CheckpointError, match="seed: expected 1, the checkpoint has 0"):
         train(replace(TINY, seed=1), start, tmp_path, Progress())
+
+
+def test_a_checkpoint_from_before_the_loss_was_an_energy_is_gone_on_from(
+    start, tmp_path, monkeypatch
+):
+    config, save = replace(TINY, gate="gain", save_every=2), checkpoint.save
+
+    def older(folder, number, state):
+        save(folder, number, {**state, "gate.config": {**state["gate.config"], "energy": "head"}})
+
+    one_run(config, start, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", older)
+        one_run(config, start, tmp_path / "cut")
+    newest, _ = sorted((tmp_path / "cut" / "checkpoints").iterdir(), reverse=True)
+    shutil.rmtree(newest)
+    one_run(config, start, tmp_path / "cut")
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(start, tmp_path, monkeypatch):
