@@ -25,14 +25,14 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 
-from dgg_kernels import GateConfig
 from python_trainer.compare import summarise
 from python_trainer.config import TrainConfig
 from python_trainer.distributed import Ranks
 from python_trainer.engine import TransformersEngine
 from python_trainer.evaluate import Evaluator
 from python_trainer.loop import Progress, WarmStart, prepare
-from python_trainer.tasks import make_task
+from python_trainer.stopping import gate_config
+from python_trainer.tasks import make_task, play
 
 from . import common
 from .tables import markdown, trl
@@ -81,8 +81,7 @@ class Run:
         )  # fmt: skip
         kind, own = GRPOTrainer, {}
         if config.gate != "off":
-            energy = "loss" if config.gate == "gain" else "head"
-            kind, own = DGGTrainer, {"gate": GateConfig(energy=energy, **config.score._asdict())}
+            kind, own = DGGTrainer, {"gate": gate_config(config, self.policy)}
         self.trainer: Any = kind(
             self.policy.model, self.reward, args=args,
             train_dataset=Dataset.from_dict({"prompt": prompts}),
@@ -98,9 +97,8 @@ class Run:
         self.progress.sequences += len(prompts)
         rewards = []
         for prompt, ids in zip(prompts, completion_ids, strict=True):
-            episode = self.task.begin(self.examples[prompt])
-            episode.step(self.policy.tokenizer.decode(ids))
-            rewards.append(episode.reward)
+            turn = self.policy.tokenizer.decode(ids)
+            rewards.append(play(self.task, self.examples[prompt], [turn])[0])
         mean = sum(rewards) / len(rewards)
         self.rows.append({"type": "update", "rollouts": self.progress.rollouts, "reward": mean})
         return rewards
@@ -109,8 +107,8 @@ class Run:
         began, progress = time.perf_counter(), self.progress
         accuracy = self.evaluator.accuracy(self.policy, TransformersEngine(self.policy))
         progress.accuracy.append((progress.rollouts, accuracy))
-        at = {"type": "eval", "rollouts": progress.rollouts}
-        self.rows.append({**at, "accuracy": accuracy})
+        row = {"type": "eval", "rollouts": progress.rollouts, "accuracy": accuracy}
+        self.rows.append(row)
         progress.seconds["evaluate"] += time.perf_counter() - began
 
     def train(self) -> Progress:

@@ -176,12 +176,12 @@ def begin(asked: Plan, out: Path, overwrite: bool = False) -> None:
         if config.gate == "shuffled":
             other = asked.match.get(name)
             counts = len(config.use_counts) if other is None else asked.arms[other].rollout_batches
-            if other is None and counts < config.rollout_batches:
-                raise ConfigError(f"arms: expected an arm whose uses {name} is to match, got none")
             if counts < config.rollout_batches:
                 raise ConfigError(
-                    f"rollout_batches: expected at most {counts} in {name}, as in {other}, whose "
-                    f"uses it matches, got {config.rollout_batches}"
+                    f"arms: expected an arm whose uses {name} is to match, got none"
+                    if other is None
+                    else f"rollout_batches: expected at most {counts} in {name}, as in {other}, "
+                    f"whose uses it matches, got {config.rollout_batches}"
                 )
         check_parallel(config)
     make_task(asked.first.task, asked.first.task_options)

@@ -195,17 +195,15 @@ class DGGEngine(FSDPEngineWithLMHead):
         """verl's, with this package's head where its fused one would run."""
         if self._config is None:
             return super().forward_step(micro_batch, loss_function, forward_only)
-        if forward_only or self.gate is None:
-            with use_linear_cross_entropy(**self._config.head):
-                return super().forward_step(micro_batch, loss_function, forward_only)
-        lse = None
-        if self._lse is not None:
-            mini_batch = self._updates % self.gate.config.mini_batches
+        gate, lse = None if forward_only else self.gate, None
+        if gate is not None and self._lse is not None:
+            mini_batch = self._updates % gate.config.mini_batches
             lse = self._lse.setdefault((mini_batch, self._micro_batches), [])
-        with use_linear_cross_entropy(gate=self.gate, lse=lse, **self._config.head):
+        with use_linear_cross_entropy(gate=gate, lse=lse, **self._config.head):
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)
-        self._micro_batches += 1
-        self._loss = self._loss + loss.detach()
+        if gate is not None:
+            self._micro_batches += 1
+            self._loss = self._loss + loss.detach()
         return loss, output
 
     def optimizer_step(self) -> float:
