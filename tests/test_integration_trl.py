@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 
 from dgg_kernels import GateConfig, replay
@@ -23,7 +24,6 @@ from dgg_kernels.replay_log import read_energies
 trl = pytest.importorskip("trl", minversion="1.16")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:You are using 'rollout")
 
-WORDS = ["<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz0123456789"]
 LOSSES = ["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 # Gates of a run this short: they act after four increments, and shut about every second time.
 EAGER = GateConfig(threshold=0.0, window=4)
@@ -33,28 +33,11 @@ GAIN = replace(EAGER, energy="loss", threshold=-0.3)
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """Folders of tiny models, tied and untied, with a tokenizer of one token a letter."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="a"))
-    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
+    """Folders of tiny models, tied and untied."""
     found = {}
     for tied in (True, False):
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
-            tie_word_embeddings=tied, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-        )  # fmt: skip
-        model = Qwen2ForCausalLM(config)
-        torch.nn.init.normal_(model.lm_head.weight, std=0.05 if tied else 0.3)
         found[tied] = tmp_path_factory.mktemp("model")
-        model.save_pretrained(found[tied])
-        tokenizer.save_pretrained(found[tied])
+        tiny_models.save_speller(found[tied], tied)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 V = 128
 SHAPE = dict(
@@ -39,3 +40,25 @@ def build(name, **changes):
         for parameter in model.get_output_embeddings().parameters():
             parameter.normal_(std=0.5)
     return model.eval()
+
+
+def save_speller(folder, tied):
+    """A random Qwen2 and its tokenizer, of a token per letter or digit, which knows chats, too."""
+    words = ["<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz0123456789"]
+    ids = {word: i for i, word in enumerate(words)}
+    letters = Tokenizer(models.WordLevel(ids, unk_token="a"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=letters, pad_token="<pad>", eos_token="<eos>", padding_side="left",
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+        tie_word_embeddings=tied, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.05 if tied else 0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
