@@ -26,6 +26,8 @@ from rich.progress import Progress as Bars
 from python_trainer.config import TrainConfig
 from python_trainer.files import read_metrics
 from python_trainer.loop import Progress, prepare, train
+from python_trainer.plots import smooth
+from python_trainer.results import last_quarter
 from python_trainer.tasks import make_task
 
 from . import common
@@ -63,7 +65,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
     for ax, name in zip(panels, CURVES, strict=True):
         for arm in record["arms"]:
             colour = COLOURS[arm]
-            runs = [smooth(seed[arm][name]) for seed in record["seeds"].values()]
+            curves = [dict(enumerate(seed[arm][name])) for seed in record["seeds"].values()]
+            runs = [[*smooth(curve, 15).values()] for curve in curves]
             columns = list(zip(*runs, strict=True))
             x = range(len(columns))
             ax.fill_between(x, [min(c) for c in columns], [max(c) for c in columns],
@@ -79,23 +82,12 @@ def plot(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def smooth(values: list[float], width: int = 15) -> list[float]:
-    """Centred moving mean."""
-    half = width // 2
-    return [statistics.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-
-
-def late(values: list[float]) -> float:
-    """Mean over the last quarter."""
-    return statistics.mean(values[-len(values) // 4 :])
-
-
 def verdict(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Over the last quarter: paired difference to exact, its standard error, spread of seeds."""
     found = {}
     for arm in list(record["arms"])[1:]:
         for name in CURVES:
-            exact, drawn = ([late(seed[a][name]) for seed in record["seeds"].values()]
+            exact, drawn = ([last_quarter(seed[a][name]) for seed in record["seeds"].values()]
                             for a in ("every entry", arm))  # fmt: skip
             pairs = [b - a for a, b in zip(exact, drawn, strict=True)]
             found[f"{arm}: {name}"] = {

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
     device = torch.device(args.device)
-    torch.set_num_threads(args.threads)
+    common.use_threads(args.threads)
     rows = real_rows(args.rows, device=device, dtype=getattr(torch, args.dtype),
                      D=args.features, V=args.vocabulary)  # fmt: skip
     console = Console()

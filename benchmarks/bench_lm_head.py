@@ -142,6 +142,8 @@ def variants(
     for screen in ("int8", "fp8") if device == "cuda" else ("int8",):
         for copy in ("", AT_HAND):
             found[f"{base}, screen {screen}{copy}"] = partial(mine, **options, screen=screen)
+    if unknown := set(args.peers or ()) - {*found, *missing}:
+        sys.exit(f"--peers: expected some of {[*found, *missing]}, got {sorted(unknown)}")
     if args.peers is not None:
         found = {name: peer for name, peer in found.items() if name in args.peers}
         missing = {name: why for name, why in missing.items() if name in args.peers}
@@ -294,12 +296,17 @@ def main() -> None:
     parser.add_argument("--zero-rows", type=float, nargs="+", default=[0.0],
                         help="share of rows with c = 0")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"of: {', '.join(peers.PEERS)}")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        metavar="NAME",
+        help="of those that it would name otherwise (default: all)",
+    )
     parser.add_argument("--grad-eps", type=int, nargs="*", metavar="EXPONENT",
                         help="also ours with grad_eps = 2^EXPONENT")  # fmt: skip
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    common.use_threads(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 120)
     refused = False
     for name, setting in settings(args):

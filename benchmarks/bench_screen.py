@@ -40,9 +40,6 @@ def measure(rows: Rows, exact: torch.Tensor, draws: int, **options: Any) -> dict
     for seed in range(draws):
         torch.manual_seed(seed)
         hidden, weight = (t.detach().requires_grad_() for t in (rows.hidden, rows.weight))
-        if seed == 0 and options["screen"]:
-            with torch.no_grad():  # the codes are made once per update: not timed
-                linear_logprob(hidden, weight, rows.target, **options)
         began = time.perf_counter()
         out = linear_logprob(hidden, weight, rows.target, **options)
         (out.logp * c).sum().backward()
@@ -110,7 +107,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json, .png")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    common.use_threads(args.threads)
     console = Console(width=140)
     record: dict[str, Any] = {
         "benchmark": "screen",

@@ -420,7 +420,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    common.use_threads(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         record = measure(args, console)

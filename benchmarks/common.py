@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from python_trainer.files import device_name, now
+from python_trainer.files import device_name, now, versions, write_json
 
 ROOT = Path(__file__).parent
 RESULTS = Path(os.environ.get("DGG_RESULTS", ROOT / "results"))
@@ -44,12 +41,6 @@ def _output(*command: str) -> str:
 
 def stamp(device: torch.device, threads: int | None = None) -> dict[str, Any]:
     """Device, versions, commit and date, so that a figure can be traced to what made it."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     if device.type == "cuda":
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     else:
@@ -58,8 +49,7 @@ def stamp(device: torch.device, threads: int | None = None) -> dict[str, Any]:
         "device": device_name(str(device)),
         "driver": driver,
         "threads": threads or torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions,
+        "versions": {name: known for name, known in versions(_PACKAGES).items() if known},
         "commit": os.environ.get("DGG_COMMIT")  # where the checkout has no git
         or _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"),
         "dirty": bool(
@@ -71,11 +61,8 @@ def stamp(device: torch.device, threads: int | None = None) -> dict[str, Any]:
 
 def save(name: str, record: dict[str, Any], out: Path = RESULTS) -> Path:
     """Write a record as JSON; an older one of that name is replaced whole."""
-    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.rename(path)
+    write_json(path, record)
     return path
 
 
@@ -83,6 +70,14 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device, so that a host clock can time it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def use_threads(threads: int) -> None:
+    """Of the CPU. Denormal numbers count as zero there: on an Intel Xeon a product of them takes a
+    hundred times as long, which would be most of eager's time at low entropies.
+    """
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
 
 
 Phases = dict[str, float]  # seconds of each phase of one run

@@ -189,14 +189,19 @@ enum Phase : int64_t { FINISHED = 0, FORESEE = 1, CONFIRM = 2 };
 DGG_HD void gate_decide(double* s, Phase phase, double energy, double norm, bool has_norm) {
   if (phase != CONFIRM) {
     gate_step(s, energy, norm, has_norm);
-    if (phase == FORESEE) s[ENERGY] = NAN;
+    if (phase == FINISHED) return;
+    s[ENERGY] = NAN;
+    if (s[SHUT] == 0) s[APPLIED] -= 1;  // not yet
     return;
   }
   s[ENERGY] = energy;
   s[GRAD_NORM] = has_norm ? norm : NAN;
-  if (s[SHUT] != 0 || (is_finite(energy) && (!has_norm || is_finite(norm)))) return;
-  s[SHUT] = s[LATCH] = 1;
-  s[APPLIED] -= 1;
+  if (s[SHUT] != 0) return;
+  if (is_finite(energy) && (!has_norm || is_finite(norm))) {
+    s[APPLIED] += 1;
+  } else {
+    s[SHUT] = s[LATCH] = 1;
+  }
 }
 
 // What torch's fused optimizers divide the gradient by, so that ||g|| <= max_norm afterwards:

@@ -12,11 +12,13 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 
 from . import _library
 from .optim import AttachedOptimizer, attach_optimizer
@@ -195,6 +197,14 @@ def _described(value: object) -> str:
     return f"{tuple(value.shape)} {value.dtype} on {value.device}"
 
 
+# Kept for good: a kernel under way, or a graph, writes there even when its gate is gone.
+_headers: list[Tensor] = []
+
+
+def _built_for_cuda() -> bool:
+    return torch.ops.dgg.build()[1] != "none"
+
+
 def _world() -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if distributed else 1
@@ -226,11 +236,17 @@ class GradientGate:
     Per rollout batch: `new_batch()`, then for each use backward, `decide()`, `optimizer.step()`,
     and stop when `is_shut()`. Once shut the gate stays shut until `new_batch()`, so a host that
     looks late wastes a step but never applies a harmful one. Nothing here makes the host wait for
-    the device, except `is_shut(wait=True)`, `state_dict()` and whoever reads `metrics()`.
+    the device, except `is_shut(wait=True)`, or over several ranks, `state_dict()` and whoever reads
+    `metrics()`.
 
     Args:
         config: what to score and when to shut.
-        weight: the lm_head parameter [V, D] that is passed to `linear_logprob(..., gate=self)`.
+        weight: the lm_head parameter [V, D] that is passed to `linear_logprob(..., gate=self)`. Its
+            device is the gate's; if it is moved, the gate follows at the first `attach()`.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be; names it.
+        RuntimeError: the weight is on a device for which the gate's ops were not built.
     """
 
     def __init__(self, config: GateConfig, weight: Tensor) -> None:
@@ -242,16 +258,9 @@ class GradientGate:
             )
         self.config = config
         self.weight = weight
-        device = weight.device
-        self._state = torch.from_numpy(_initial_state(config)).to(device)
-        # Read by torch's fused optimizers: exactly 0.0 or 1.0, and the divisor that clips.
-        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
-        self.grad_scale = torch.ones((), dtype=torch.float32, device=device)
+        self._place(torch.from_numpy(_initial_state(config)))
         self.max_grad_norm: float | None = None
         self._optimizers: list[AttachedOptimizer] = []
-        self._one = torch.ones((), device=device)
-        # Written by the backward of linear_logprob: squared norms of the gradient's rows as stored.
-        self.row_sq = torch.zeros(weight.shape[0], dtype=torch.float32, device=device)
         self.id = next(_ids)
         _gates[self.id] = self
         self._backwards = 0
@@ -261,11 +270,29 @@ class GradientGate:
         self._batches = 0  # calls of new_batch()
         self._awaits_step = self._foreseen = False
         self._seen_shut = False
+
+    def _place(self, state: Tensor) -> None:
+        """Put the state, and what else the ops read and write, on the weight's device."""
+        device = self.weight.device
+        if device.type not in ("cpu", "meta") and not (device.type == "cuda" and _built_for_cuda()):
+            raise RuntimeError(
+                f"weight: expected one on a device that the gate has ops for, got {device}: see "
+                "`python -m dgg_kernels.info`"
+            )
+        self._state = state.to(device)
+        # Read by torch's fused optimizers: exactly 0.0 or 1.0, and the divisor that clips.
+        self.found_inf = state[Slot.LATCH].to(device, torch.float32)
+        self.grad_scale = torch.ones((), dtype=torch.float32, device=device)
+        self._one = torch.ones((), dtype=torch.float32, device=device)
+        # Written by the backward of linear_logprob: squared norms of the gradient's rows as stored.
+        self.row_sq = torch.zeros(len(self.weight), dtype=torch.float32, device=device)
         self._pinned: Tensor | None = None  # the state's header, as the last decision left it
         if device.type == "cuda":
             self._pinned = torch.zeros(
                 Slot.HEADER_SIZE, dtype=torch.float64, device="cpu", pin_memory=True
             )
+            self._pinned.copy_(state[: Slot.HEADER_SIZE])
+            _headers.append(self._pinned)
             # External: inside a captured graph it is recorded anew by every replay.
             self._copied = torch.cuda.Event(external=torch.version.hip is None)
 
@@ -297,13 +324,19 @@ class GradientGate:
             TypeError: the optimizer cannot skip on the device; names it, and the remedy.
             ValueError: `max_grad_norm` is not positive, or differs from an earlier `attach`.
         """
-        if max_grad_norm is not None and not max_grad_norm > 0:
+        if max_grad_norm is not None and not (
+            isinstance(max_grad_norm, Real) and max_grad_norm > 0
+        ):
             raise ValueError(f"max_grad_norm: expected a positive number, got {max_grad_norm!r}")
         if self._optimizers and max_grad_norm != self.max_grad_norm:
             raise ValueError(
                 f"max_grad_norm: expected {self.max_grad_norm!r}, as at the first attach(), "
                 f"got {max_grad_norm!r}"
             )
+        if self.weight.device != self._state.device and not self._optimizers:
+            on_meta = self._state.is_meta  # a weight that had no values yet
+            fresh = torch.from_numpy(_initial_state(self.config))
+            self._place(fresh if on_meta else self._state)
         attached = attach_optimizer(
             optimizer,
             self.found_inf,
@@ -386,6 +419,10 @@ class GradientGate:
             raise RuntimeError("decide: call foresee(loss) first: GateConfig.energy is 'loss'")
         self._check_scalar("energy", energy)
         self._check_scalar("grad_norm", grad_norm)
+        for attached in self._optimizers:
+            if attached.on_host and self._is_scaled(attached.optimizer):
+                raise RuntimeError("decide: call scaler.unscale_(optimizer) first: its gradient is "
+                                   "still multiplied by the loss scale")  # fmt: skip
         limit = self.max_grad_norm
         if limit is None and grad_norm is not None:
             raise ValueError(
@@ -431,7 +468,8 @@ class GradientGate:
 
         Args:
             wait: wait for the last decision. Without it the answer on a GPU is that of the last
-                decision that the device has come to.
+                decision that the device has come to; but over several ranks it always waits, as
+                they must not hear of it at different uses.
         """
         seen = self._header(wait)
         # The device may not have come to this batch yet. It writes the batch's number last.
@@ -447,7 +485,7 @@ class GradientGate:
         """The state's header as the host knows it: the device writes it at every decision."""
         if self._pinned is None:
             return self._state.numpy()
-        if wait:
+        if wait or not _alone():
             self._copied.synchronize()
         return self._pinned.numpy()
 
@@ -486,6 +524,8 @@ class GradientGate:
         Raises:
             ValueError: a field differs, or the state is not one of this gate's. Nothing changed.
         """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
         saved, state = state_dict.get("config"), state_dict.get("state")
         if not isinstance(saved, dict) or not isinstance(state, Tensor):
             got = {name: type(value).__name__ for name, value in state_dict.items()}
@@ -597,6 +637,13 @@ class GradientGate:
         # get_scale() would wait for the device.
         scale = self._scaler._get_scale_async()  # pyright: ignore[reportPrivateUsage]
         return self._one if scale is None else scale
+
+    def _is_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the scaler has not unscaled its gradient yet. A fused one sees it at its step."""
+        if self._scaler is None or not self._scaler.is_enabled():
+            return False
+        states = self._scaler._per_optimizer_states  # pyright: ignore[reportPrivateUsage]
+        return states[id(optimizer)]["stage"] is OptState.READY
 
     def _check_scalar(self, name: str, value: Tensor | None) -> None:
         if value is None:

@@ -236,6 +236,7 @@ def linear_logprob(
             looked at by the host: its row's outputs and gradients are NaN, which shuts the gate.
         RuntimeError: a backward with `create_graph=True`: there is no second derivative.
     """
+    parameter = weight
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_tensors(hidden, weight, target, bias, lse_ref)
     _check_scalars(temperature, softcap, grad_eps, ignore_index)
@@ -255,7 +256,7 @@ def linear_logprob(
     rows = torch.where(ignored, -1, target.where(~outside, 0))
     tracked = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
     draws = grad_eps * vocabulary > _WORTH_DRAWING
-    codes = codes_of(weight, screen) if screen is not None and draws else []
+    codes = codes_of(weight, screen, parameter) if screen is not None and draws else []
     seed = None
     if draws and (codes or (tracked and torch.is_grad_enabled())):
         # From the default generator: manual_seed reproduces it, checkpointing restores it.
@@ -276,7 +277,8 @@ def linear_logprob(
         gate is not None and gate.config.accumulate,
     )
     if target.device.type != "cpu" or torch.compiler.is_compiling():
-        mark = torch.where(outside, torch.nan, 1.0)  # NaN, forward and backward
+        # NaN, forward and backward; fp32 whatever torch's default is.
+        mark = torch.where(outside, torch.nan, 1.0).float()
         logp, entropy, lse, sum_p2 = (o * mark for o in (logp, entropy, lse, sum_p2))
     screen_stats = stats(report, shape) if codes else None
     if len(shape) != 1:  # of one dimension already: FSDP2 warns of outputs that are views
@@ -321,6 +323,11 @@ def check_tensors(
             raise ValueError(f"{name}: expected device {hidden.device} like {h}, got {t.device}")
         if t.layout != torch.strided:
             raise TypeError(f"{name}: expected a dense Tensor, got {t.layout}")
+        if hasattr(t, "full_tensor"):  # its class would take long to import
+            raise TypeError(
+                f"{name}: expected a plain Tensor, got a DTensor: call this inside the forward of "
+                "the FSDP2 module that holds it, or gather it first"
+            )
     if hidden.dtype not in _DTYPES:
         raise TypeError(f"{h}: expected bfloat16, float16 or float32, got {hidden.dtype}")
     if weight.dtype != hidden.dtype:

@@ -21,7 +21,6 @@ gradient correct it. Rows that it does not suit are computed without it (see `su
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -46,6 +45,7 @@ from .lm_head_forward import (
     tile_scores,
     uniform,
 )
+from .screen import Codes
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.bfloat16: 0.0}  # 0: scale 1
 
@@ -276,20 +276,9 @@ def refine_kernel(
 # -- host -----------------------------------------------------------------------------------------
 
 
-class Codes(NamedTuple):
-    """Rows of 8-bit codes: row i is about scale[i] * codes[i]."""
-
-    codes: Tensor  # [R, D] int8 or float8_e4m3fn
-    scale: Tensor  # [R] fp32
-    norm_sq: Tensor  # [R] fp32, of the rows themselves
-    residual_sq: Tensor  # [R] fp32, of what the codes leave out
-
-
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> Codes:
     """Codes of x [R, D], one scale a row."""
-    R, D = x.shape
-    codes = torch.empty(R, D, dtype=dtype, device=x.device)
-    made = Codes(codes, *(torch.empty(R, dtype=torch.float32, device=x.device) for _ in range(3)))
+    made = Codes.empty(x, dtype)
     quantize_rows_into(x, made)
     return made
 

@@ -21,8 +21,8 @@ _REMEDY = (
 class AttachedOptimizer:
     """An optimizer that reads the gate's flag, and how to let it go."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: Optimizer, on_host: bool) -> None:
+        self.optimizer, self.on_host = optimizer, on_host  # on_host: its step is not called
         self._undo: list[Callable[[], None]] = []
 
     def on_release(self, undo: Callable[[], None]) -> None:
@@ -55,7 +55,7 @@ def attach_optimizer(
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     if getattr(optimizer, "_dgg_attached", False):
         raise ValueError(f"optimizer: {name} is attached to a gate already: detach that one first")
-    attached = AttachedOptimizer(optimizer)
+    attached = AttachedOptimizer(optimizer, on_host=shut_on_host is not None)
     if shut_on_host is not None:
         _skip_on_host(attached, grad_scale, steps, shut_on_host)
     else:

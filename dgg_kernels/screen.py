@@ -27,6 +27,21 @@ class ScreenStats(NamedTuple):
     missed: Tensor  # 0-dim: estimate of entries with p > grad_eps that were not kept, over all rows
 
 
+class Codes(NamedTuple):
+    """Rows in few bits: row i is about scale[i] * codes[i]."""
+
+    codes: Tensor  # [R, D] int8, float8_e4m3fn or bfloat16
+    scale: Tensor  # [R] fp32
+    norm_sq: Tensor  # [R] fp32, of the rows themselves
+    residual_sq: Tensor  # [R] fp32, of what the codes leave out
+
+    @classmethod
+    def empty(cls, x: Tensor, dtype: torch.dtype) -> Codes:
+        """Room for those of x [R, D]."""
+        rows = (x.new_empty(len(x), dtype=torch.float32) for _ in range(3))
+        return cls(x.new_empty(x.shape, dtype=dtype), *rows)
+
+
 @dataclass
 class _Copy:
     version: int
@@ -57,7 +72,7 @@ def _quantize_rows(
         return
     module = importlib.import_module(f"{__package__}.lm_head_screen")  # needs triton
     with torch.cuda.device_of(x):
-        module.quantize_rows_into(x, module.Codes(codes, scale, norm_sq, residual_sq), unchanged)
+        module.quantize_rows_into(x, Codes(codes, scale, norm_sq, residual_sq), unchanged)
 
 
 @_quantize_rows.register_fake
@@ -66,32 +81,34 @@ def _(*_: Any) -> None:
 
 
 def _quantized(weight: Tensor, kind: Screen) -> list[Tensor]:
-    rows = [weight.new_empty(weight.shape[0], dtype=torch.float32) for _ in range(3)]
-    codes = [weight.new_empty(weight.shape, dtype=_CODES[kind]), *rows]
+    codes = Codes.empty(weight, _CODES[kind])
     _quantize_rows(weight, *codes, None)
-    return codes
+    return [*codes]
 
 
-def codes_of(weight: Tensor, kind: Screen) -> list[Tensor]:
-    """Codes of a weight [V, D]: codes [V, D], scale [V], squared norms of rows and rounding [V].
+def codes_of(weight: Tensor, kind: Screen, owner: Tensor) -> list[Tensor]:
+    """`Codes` of a weight [V, D] that is `owner`, or what autocast has just made of it.
 
-    Kept until the weight is written to, which its version counter does not always tell: it stands
+    Kept until the owner is written to, which its version counter does not always tell: it stands
     still under torch's fused optimizers, FSDP's all-gather and writes through `.data`. So any step
     of any optimizer counts as a write, unless its `found_inf` made it an empty one, and some rows
     are compared at every call: the device decides then whether to make the codes anew.
-    Compiled or captured calls, whose repetition asks nobody, always do.
+    Compiled or captured calls, whose repetition asks nobody, always do; and once an optimizer's
+    step was captured, all calls.
     """
     data = weight.detach()
     if torch.compiler.is_compiling() or _steps_are_captured or _capturing():
         return _quantized(data, kind)
-    if weight not in _copies:
-        _copies[weight] = {}
-    of_weight: dict[str, _Copy] = _copies[weight]
+    if owner.is_inference():  # it does not count its writes
+        return _quantized(data, kind)
+    if owner not in _copies:
+        _copies[owner] = {}
+    of_weight: dict[str, _Copy] = _copies[owner]
     kept = of_weight.get(kind)
-    if kept is None or (kept.version, kept.address) != (weight._version, weight.data_ptr()):
+    if kept is None or (kept.version, kept.address) != (owner._version, owner.data_ptr()):
         of_weight.pop(kind, None)  # before the new copy takes memory
         codes = _quantized(data, kind)
-        kept = of_weight[kind] = _Copy(weight._version, weight.data_ptr(), codes, None)
+        kept = of_weight[kind] = _Copy(owner._version, owner.data_ptr(), codes, None)
     else:
         same = _spot_check(data, kept.codes, kind)
         unchanged = same if kept.unchanged is None else same * kept.unchanged
@@ -118,6 +135,9 @@ def _count_step(optimizer: Optimizer, *_: object) -> None:
     """After any optimizer's step: what has been written, as far as the host can know."""
     global _steps_are_captured
     _steps_are_captured = _steps_are_captured or _capturing()
+    if _steps_are_captured:
+        _copies.clear()
+        return
     skipped = getattr(optimizer, "found_inf", None)
     if not all(group.get("fused") for group in optimizer.param_groups):
         skipped = None  # who reads it, and when, is not known

@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import tomllib
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +45,22 @@ examples:
 files: <out>/<arm>/seed-<n>/metrics.jsonl (a row per update attempt and per evaluation) and
 checkpoints/, <out>/run.json, <out>/summary.json, <out>/*.png and <out>/report.html.
 Exit codes: 0 done, 1 the task failed or a file could not be written, 2 a setting is wrong (nothing
-is written), 130 Ctrl-C, 143 SIGTERM (the directory stays readable, and `resume` goes on).
+is written, unless only the loaded model shows it), 130 Ctrl-C, 143 SIGTERM (the directory stays
+readable, and `resume` goes on).
 """
 # What a TOML file may hold beside settings, for `compare`: [arms.NAME] tables of what an arm
 # changes (and which one it matches), a [grid] of values to run each arm with, and seeds.
 PLAN: dict[str, Any] = {"arms": {}, "grid": {}, "seeds": []}
 CONFIGS = Path(__file__).parent / "configs"
-TYPES = {"int": int, "float": float, "str": str, "bool": json.loads}
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+TYPES = {"int": int, "float": float, "str": str, "bool": boolean}
 
 
 class Terminated(KeyboardInterrupt):
@@ -87,10 +96,10 @@ def parser() -> argparse.ArgumentParser:
         if f.name == "use_counts":  # of another run: `compare` fills it in
             continue
         kind = str(f.type).removesuffix(" | None")
-        default = "" if f.default is MISSING else f" (default {f.default})"
+        default = "" if f.default is None else f" (default {f.default})"
         group.add_argument(
             f"--{f.name.replace('_', '-')}", type=TYPES[kind], default=None, metavar=kind.upper(),
-            help=kind + default,
+            help=f.metadata["help"].replace("%", "%%") + default,
         )  # fmt: skip
 
     top = argparse.ArgumentParser(
@@ -179,7 +188,11 @@ def plan_of(args: argparse.Namespace, file: dict[str, Any], config: TrainConfig)
         own = defined.get("random", PRESETS["random"])
         defined["random"] = {name: value for name, value in own.items() if name != "match"}
     names = args.arms or list(arms) or list(DEFAULT_ARMS)
-    return plan(config, names, args.seeds or seeds or [config.seed], defined, grid)
+    if args.seed is None:
+        seeds = args.seeds or seeds or [config.seed]
+    else:
+        seeds = args.seeds or [args.seed]
+    return plan(config, names, seeds, defined, grid)
 
 
 def arm_name(config: TrainConfig) -> str:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .config import CheckpointError
+from .config import CheckpointError, one_line
 from .distributed import Ranks
 from .files import as_json, write_json
 
@@ -73,23 +73,22 @@ def _under(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def random_states(ranks: Ranks) -> dict[str, Tensor]:
+def random_states(ranks: Ranks, device: str) -> dict[str, Tensor]:
     """The default generators of every rank, [ranks, bytes]. A collective."""
     states = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["random.cuda"] = torch.cuda.get_rng_state()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
     return {name: ranks.gather(value[None].to(device)).cpu() for name, value in states.items()}
 
 
-def restore_random_states(state: dict[str, Any], ranks: Ranks) -> None:
+def restore_random_states(state: dict[str, Any], ranks: Ranks, device: str) -> None:
     """Of this rank; with another number of ranks than when it was saved, they stay as they are."""
     if len(state["random.cpu"]) != ranks.world:
         return
     # Copies: of a row of a tensor torch reads the wrong bytes, or crashes.
     torch.set_rng_state(state["random.cpu"][ranks.rank].clone())
-    if "random.cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random.cuda"][ranks.rank].clone())
+    if "random.cuda" in state and torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(state["random.cuda"][ranks.rank].clone(), device)
 
 
 def save(folder: Path, number: int, state: dict[str, Any]) -> None:
@@ -138,7 +137,7 @@ def load(folder: Path, tensors: bool = True) -> tuple[dict[str, Any] | None, lis
                 raise ValueError("its checksum differs")
             return head["state"] | (load_file(file) if tensors else {}), complaints
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            complaints.append(f"{path}: unreadable ({' '.join(str(error).split())})")
+            complaints.append(f"{path}: unreadable ({one_line(str(error))})")
     if found:
         raise CheckpointError(f"checkpoints: none can be read: {'; '.join(complaints)}")
     return None, complaints

@@ -170,7 +170,7 @@ def begin(asked: Plan, out: Path, overwrite: bool = False) -> None:
     With `overwrite`, the logs and checkpoints of an earlier run in `out` are removed before.
 
     Raises:
-        ConfigError: a setting is wrong, or `out` holds a run. Nothing was touched.
+        ConfigError: a setting is wrong, or `out` holds a run or a report. Nothing was touched.
     """
     for name, config in asked.arms.items():
         if config.gate == "shuffled":
@@ -186,7 +186,9 @@ def begin(asked: Plan, out: Path, overwrite: bool = False) -> None:
         check_parallel(config)
     make_task(asked.first.task, asked.first.task_options)
     check_model(asked.first)
-    old = [*out.glob("*/seed-*/checkpoints"), *out.glob("*/seed-*/metrics.jsonl")]
+    written = ["summary.json", "report.html", *(f"{name}.png" for name in PLOTS)]
+    old = [*out.glob("*/seed-*/checkpoints"), *out.glob("*/seed-*/metrics.jsonl"),
+           *(path for name in written if (path := out / name).exists())]  # fmt: skip
     if old and not overwrite:
         raise ConfigError(
             f"out: expected a folder without a run, got {str(out)!r}, which holds one: `resume` "
@@ -194,9 +196,8 @@ def begin(asked: Plan, out: Path, overwrite: bool = False) -> None:
         )
     ranks = Ranks(asked.first.device)
     if ranks.first:
-        written = ["summary.json", "report.html", *(f"{name}.png" for name in PLOTS)]
-        for path in [*old, *(out / name for name in written)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in old:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_json(out / "run.json", asdict(asked))
     if ranks.world > 1:  # or the others would find what was there before, if anything
         dist.barrier()
@@ -218,6 +219,8 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
         before the exception goes on.
     """
     asked = read_run(out)
+    for config in asked.arms.values():
+        check_parallel(config)
     ranks = Ranks(asked.first.device)
     console = console if ranks.first else Console(quiet=True)
     runs: dict[tuple[str, int], Progress] = {}

@@ -55,6 +55,11 @@ class CheckpointError(RuntimeError):
     """No checkpoint can be read, or this one is of another run. The message is one line."""
 
 
+def setting(default: Any, meaning: str) -> Any:
+    """A field of TrainConfig, and what `--help` says of it."""
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run (one arm).
@@ -64,83 +69,97 @@ class TrainConfig:
     """
 
     # Task
-    task: str = "math"
+    task: str = setting("math", "math, webshop, search_qa or alfworld")
     task_options: dict[str, Any] = field(default_factory=dict)
 
     # Rollouts
-    rollout_batches: int = 160
-    prompts_per_batch: int = 16
-    num_generations: int = 8  # completions per prompt: the group that advantages compare
-    max_completion_length: int = 9  # tokens a turn; the default task's longest answer, and eos
-    max_context_length: int = 512  # tokens an episode: prompt, turns and observations
-    generation_batch_size: int = 128  # episodes that are sampled side by side
-    vllm_url: str | None = None  # a vLLM server that samples (see vllm_engine); None: transformers
-    task_timeout: float = 60.0  # seconds that an environment or verifier may take for an answer
-    temperature: float = 1.0
+    rollout_batches: int = setting(160, "how many to draw")
+    prompts_per_batch: int = setting(16, "of all processes together")
+    num_generations: int = setting(8, "completions a prompt: the group that advantages compare")
+    max_completion_length: int = setting(9, "tokens a turn, the end of sequence among them")
+    max_context_length: int = setting(512, "tokens an episode: prompt, turns and observations")
+    generation_batch_size: int = setting(128, "episodes that are sampled side by side")
+    vllm_url: str | None = setting(None, "a vLLM server that samples (default: transformers do)")
+    task_timeout: float = setting(60.0, "seconds for an answer of an environment or verifier")
+    temperature: float = setting(1.0, "divides the logits, in sampling and in training")
 
     # Updates
-    num_iterations: int = 8  # K: the most passes over one rollout batch
-    mini_batches: int = 1  # updates a pass, each of another part of the batch
-    loss_type: str = "dapo"
-    epsilon: float = 0.2
-    # None: the same as epsilon. With cispo it must be given: the most that a ratio may weigh.
-    epsilon_high: float | None = None
-    beta: float = 0.0  # weight of the k3 KL to the warm start
-    scale_rewards: str = "group"  # whose standard deviation advantages are divided by
-    mask_truncated_completions: bool = False  # those that did not end count for nothing
-    micro_batch_size: int | None = None  # sequences a pass, whose gradients add up; None: all
-    learning_rate: float = 2e-4
-    lr_warmup: int = 0  # applied updates over which the learning rate rises
-    reuse_decay: float = 1.0  # the learning rate's factor from one use of a batch to the next
-    lr_decay: int | None = None  # applied updates after which it has fallen to zero; None: it stays
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    grad_eps: float = 2**-12  # where linear_logprob's random tail begins; 0 is exact
-    screen: str | None = None  # "int8", "fp8", "bf16": screened logits, in every pass of the policy
+    num_iterations: int = setting(8, "K: the most passes over one rollout batch")
+    mini_batches: int = setting(1, "updates a pass, each of another part of the batch")
+    loss_type: str = setting("dapo", "one of " + ", ".join(LOSSES))
+    epsilon: float = setting(0.2, "the importance ratio is clipped this far below 1, and above")
+    epsilon_high: float | None = setting(
+        None, "above, where it differs; with cispo the most that a ratio may weigh, to be given"
+    )
+    beta: float = setting(0.0, "weight of the k3 KL to the warm start")
+    scale_rewards: str = setting("group", "whose standard deviation advantages are divided by: "
+                                 + ", ".join(SCALES))  # fmt: skip
+    mask_truncated_completions: bool = setting(False, "those that did not end count for nothing")
+    micro_batch_size: int | None = setting(
+        None, "sequences a backward, whose gradients add up (default: all)"
+    )
+    learning_rate: float = setting(2e-4, "AdamW's")
+    lr_warmup: int = setting(0, "applied updates over which the learning rate rises")
+    reuse_decay: float = setting(1.0, "the learning rate's factor from use to use of a batch")
+    lr_decay: int | None = setting(
+        None, "applied updates after which the learning rate is zero (default: it stays)"
+    )
+    weight_decay: float = setting(0.0, "AdamW's")
+    max_grad_norm: float = setting(1.0, "the global norm is clipped to it")
+    grad_eps: float = setting(2**-12, "probability below which the head is drawn; 0: exact")
+    screen: str | None = setting(
+        None, "int8, fp8 or bf16: screened logits, in every pass of the policy (default: exact)"
+    )
 
     # When to stop re-using a batch
-    gate: str = "gain"  # needs the clip of the ratio (epsilon): without it, "dgg" or "kl"
-    # Of the gates that score a signal; None: the gate's own value (SCORES).
-    gate_threshold: float | None = None  # tau, standard deviations
-    gate_window: int | None = None
-    gate_include_shut: bool | None = None  # values that shut the gate enter its window
-    gate_statistic: str = "increment"
-    gate_average: str = "window"  # "ema": a running mean and deviation that forget by 3 % a value
-    gate_squared: bool = False  # score the squared norm
-    kl_stop: float = 0.01  # "kl", "gain_kl": stop when KL(old || new) per token exceeds this
-    chi2_stop: float = 0.1  # gate="chi2": stop when the batch's Pearson chi-squared exceeds this
-    mean_uses: float = 2.0  # gate="random": passes over a batch to aim at
+    gate: str = setting("gain", "one of " + ", ".join(GATES)
+                        + "; without the ratio's clip, dgg or kl")  # fmt: skip
+    gate_threshold: float | None = setting(
+        None, "tau, standard deviations: 0.4 for gates of loss or log-ratio, 0.5 for others"
+    )
+    gate_window: int | None = setting(None, "values that a z-score is taken of: 96, 32 for others")
+    gate_include_shut: bool | None = setting(
+        None, "values that shut the gate enter its window: true, false for others"
+    )
+    gate_statistic: str = setting("increment", "what is scored: " + ", ".join(STATISTICS))
+    gate_average: str = setting("window", "or ema: mean and deviation that forget 3 % a value")
+    gate_squared: bool = setting(False, "score the squared norm")
+    kl_stop: float = setting(0.01, "kl and gain_kl stop above this KL(old || new), nats a token")
+    chi2_stop: float = setting(0.1, "chi2 stops above this Pearson chi-squared of the batch")
+    mean_uses: float = setting(2.0, "random aims at so many passes over a batch")
     use_counts: tuple[int, ...] = ()  # gate="shuffled": updates from each batch, in any order
-    shuffle_within: int | None = None  # among so many batches in a row; None: among all
+    shuffle_within: int | None = setting(
+        None, "shuffled shuffles counts among so many batches in a row (default: among all)"
+    )
 
-    # Model: embedded (small, trained from scratch), smollm2, or a transformers name or folder
-    model: str = "embedded"
-    dtype: str = "float32"
-    lora_rank: int = 0  # 0: all weights are trained
-    gradient_checkpointing: bool = False
-    parallel: str = "ddp"  # under torchrun: ddp, or fsdp2
-    vocab_size: int = 512  # this one and the next three are of the embedded model
-    hidden_size: int = 64
-    num_layers: int = 2
-    num_heads: int = 4
+    # Model
+    model: str = setting("embedded", "or smollm2, or a name or folder of transformers")
+    dtype: str = setting("float32", "one of " + ", ".join(DTYPES))
+    lora_rank: int = setting(0, "0: all weights are trained")
+    gradient_checkpointing: bool = setting(False, "recompute layers in the backward: less memory")
+    parallel: str = setting("ddp", "under torchrun: " + ", ".join(PARALLELS))
+    vocab_size: int = setting(512, "of the embedded model, as the next three")
+    hidden_size: int = setting(64, "its width")
+    num_layers: int = setting(2, "its depth")
+    num_heads: int = setting(4, "its attention heads")
 
     # Supervised warm-up, which stands in for pre-training
-    warmup_accuracy: float = 0.2  # stop here
-    warmup_max_steps: int = 2000
-    warmup_batch_size: int = 128
-    warmup_learning_rate: float = 3e-3
-    warmup_eval_every: int = 5  # steps
+    warmup_accuracy: float = setting(0.2, "held-out accuracy at which the warm-up ends")
+    warmup_max_steps: int = setting(2000, "or after so many; 0: none")
+    warmup_batch_size: int = setting(128, "examples a step")
+    warmup_learning_rate: float = setting(3e-3, "AdamW's")
+    warmup_eval_every: int = setting(5, "steps")
 
     # Evaluation on held-out examples: exact expectation or sampled episodes, as the task allows
-    eval_every: int = 4  # rollout batches
-    eval_prompts: int = 512
+    eval_every: int = setting(4, "rollout batches")
+    eval_prompts: int = setting(512, "held-out examples")
 
-    save_every: int = 200  # update attempts between checkpoints
-    seed: int = 0
-    device: str = "cpu"
-    # CPU threads of torch. Fixed, because the order of sums depends on it; 1, because two threads
-    # gain little on matrices this small and lose a lot when another process wants the core.
-    threads: int = 1
+    save_every: int = setting(200, "update attempts between checkpoints")
+    seed: int = setting(0, "of prompts, samples, weights")
+    device: str = setting("cpu", "cuda, or another of torch's")
+    # Fixed, because the order of sums depends on it; 1, because two threads gain little on matrices
+    # this small and lose a lot when another process wants the core.
+    threads: int = setting(1, "CPU threads of torch")
 
     def __post_init__(self) -> None:
         for name in (

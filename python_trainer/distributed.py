@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -32,9 +33,11 @@ class Ranks:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-            if torch.device(device).type == "cuda":
+            on_gpu = torch.device(device).type == "cuda"
+            if on_gpu:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group()
+            # Not the default, which is that of the machine's GPU.
+            dist.init_process_group("nccl" if on_gpu else "gloo")
 
     @property
     def first(self) -> bool:
@@ -85,12 +88,17 @@ def check_parallel(config: TrainConfig) -> None:
             f"prompts_per_batch: expected a multiple of {world} processes x {config.mini_batches} "
             f"mini-batches ({parts}), got {config.prompts_per_batch}"
         )
+    if config.eval_prompts % world:  # sharded, no rank may have a forward more than the others
+        raise ConfigError(
+            f"eval_prompts: expected a multiple of {world} processes, got {config.eval_prompts}"
+        )
 
 
 def spread(policy: Policy, config: TrainConfig, ranks: Ranks) -> nn.Module:
     """The policy as `config.parallel` wants it: itself, in DDP, or sharded in place by FSDP2."""
     if config.parallel == "fsdp2":
-        options: dict[str, Any] = {}
+        mesh = init_device_mesh(torch.device(config.device).type, (ranks.world,))
+        options: dict[str, Any] = {"mesh": mesh}
         if config.dtype == "bfloat16":
             options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         for layer in policy.layers:

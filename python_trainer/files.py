@@ -119,9 +119,10 @@ def per_batch(rows: list[Row], key: str) -> dict[int, list[float]]:
 
 
 def use_counts(rows: list[Row]) -> list[int]:
-    """Applied updates of each rollout batch."""
-    shut = per_batch(updates(rows), "gate/shut").values()
-    return [len(of) - int(sum(of)) for of in shut]
+    """Applied updates of each rollout batch; 0 of one from which none was tried."""
+    shut = per_batch(updates(rows), "gate/shut")
+    tried = [shut.get(batch, []) for batch in range(1, max(shut, default=0) + 1)]
+    return [len(of) - int(sum(of)) for of in tried]
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
@@ -141,13 +142,19 @@ def write_json(path: Path, value: Any) -> None:
 
 def commit() -> str | None:
     """The git commit that this code runs from, with "-dirty" if edited; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    here = Path(__file__).resolve()
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here.parent), *command],
+            capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        git("ls-files", "--error-unmatch", here.name)  # or it is installed in another's repository
+        return git("describe", "--always", "--dirty", "--abbrev=40") or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
 
 
 def now() -> str:
@@ -170,10 +177,13 @@ def device_name(device: str) -> str:
     return f"{models[0] if models else platform.processor()}, {cores} cores"
 
 
-def versions() -> dict[str, str | None]:
+USED = ("dgg-kernels", "torch", "triton", "transformers", "reasoning-gym", "numpy")
+
+
+def versions(names: Sequence[str] = USED) -> dict[str, str | None]:
     """Versions of what a result depends on; None where a package is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("dgg-kernels", "torch", "triton", "transformers", "reasoning-gym", "numpy"):
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

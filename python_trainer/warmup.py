@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import TrainConfig
+from .config import TaskError, TrainConfig
 from .distributed import Ranks
 from .engine import TransformersEngine
 from .evaluate import Evaluator
@@ -27,7 +27,8 @@ class WarmUp:
 def warm_up(policy: Policy, task: Task, config: TrainConfig) -> WarmUp:
     """Imitate expert episodes, in place, until `config.warmup_accuracy`.
 
-    The loss is the mean negative log-likelihood over the policy's own tokens, eos included.
+    Of a task's examples, those that have an answer. The loss is the mean negative log-likelihood
+    over the policy's own tokens, eos included.
     """
     evaluator = Evaluator(task, policy, config, Ranks.alone())
     engine = TransformersEngine(policy)
@@ -43,7 +44,13 @@ def warm_up(policy: Policy, task: Task, config: TrainConfig) -> WarmUp:
             accuracy = evaluator.accuracy(policy, engine)
         if accuracy >= config.warmup_accuracy or step == config.warmup_max_steps:
             return WarmUp(step, accuracy, reached=accuracy >= config.warmup_accuracy)
-        examples = task.sample(config.warmup_batch_size, f"{config.seed} warm-up {step}")
+        drawn = task.sample(config.warmup_batch_size, f"{config.seed} warm-up {step}")
+        examples = [example for example in drawn if example.answer is not None]
+        if not examples:
+            raise TaskError(
+                f"task {task.name}: expected examples with an answer to imitate, got none among "
+                f"{len(drawn)}; warmup_max_steps=0 does without a warm-up"
+            )
         shown = pack(expert(policy.tokenizer, task, examples, config), policy.tokenizer.pad,
                      config.device)  # fmt: skip
         optimizer.zero_grad(set_to_none=True)

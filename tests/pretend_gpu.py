@@ -32,6 +32,8 @@ from triton.backends.nvidia import driver as nvidia
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_tools import SHARED_MEMORY, interpreting, poisoned, repair_interpreter
 
+from dgg_kernels import gate
+
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -478,6 +480,7 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Gpu]:
         for function, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(torch.cuda, function, stand_in))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
+        stack.enter_context(mock.patch.object(gate, "_built_for_cuda", lambda: True))
         stack.enter_context(mock.patch.object(torch._C, group, _grouped(getattr(torch._C, group))))
         if interpreting():
             run = lambda kernel, *args, **options: gpu.interpret(kernel, *args, **options)  # noqa: E731

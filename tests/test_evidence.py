@@ -59,12 +59,15 @@ def test_an_update_refused_before_its_backward_costs_its_forward():
 
 def test_a_run_of_few_updates_has_no_quarters_to_compare():
     rows = [
-        {"type": "update", "rollouts": 1, "gate/shut": False, "gate/energy": 1.0 + use,
-         "dwd/lm_head": 2.0, "dwd/middle": 1.0}
-        for use in range(3)
+        {"type": "update", "rollouts": 1, "gate/reuse": use, "gate/shut": use == 4,
+         "gate/energy": float("nan") if use == 4 else part + use, "dwd/lm_head": 2.0,
+         "dwd/middle": 1.0}
+        for use in range(1, 5)
+        for part in (0, 10)
     ]  # fmt: skip
+    assert evidence.head_norms(rows) == [[1, 2, 3], [11, 12, 13]]
     *_, line = evidence.surge_table({"dgg": {0: Run("dgg", 0, rows)}})
-    assert line == "| DGG | 3.00 | 3.00 | 100% | - | 2.00 |"
+    assert line == "| DGG | 2.09 | 2.91 | 100% | 2.00 | 2.00 |"
 
 
 def test_paired_differences_and_their_intervals():

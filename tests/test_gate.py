@@ -190,6 +190,7 @@ def test_a_foreseen_update_is_scored_by_its_signal_and_shut_before_the_backward(
             signals[-1].append(float(torch.rand(())))
             gate.foresee(torch.tensor(signals[-1][-1]))
             shut.append(gate.is_shut())
+            assert gate.applied_updates() == applied  # a schedule must not run ahead of decide()
             if gate.is_shut():
                 break
             backward()
@@ -791,6 +792,26 @@ def test_a_scaled_gradient_is_refused():
     gate.decide()
     with pytest.raises(RuntimeError, match=r"call scaler.unscale_\(optimizer\) before"):
         scaler.step(optimizer)
+
+
+def test_a_scaled_gradient_is_refused_where_the_host_gates():
+    """There the step would see one that the scaler has unscaled itself, clipped by its norm."""
+    head = torch.nn.Linear(8, 33, bias=False)
+    optimizer = torch.optim.RMSprop(head.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    gate = GradientGate(GateConfig(), head.weight)
+    gate.attach(optimizer, max_grad_norm=1.0, scaler=scaler, host_gate=True)
+    gate.new_batch()
+    out = linear_logprob(torch.randn(4, 8), head.weight, torch.zeros(4).long(), gate=gate)
+    scaler.scale(-out.logp.mean()).backward()
+    before = gate.state_dict()["state"]
+    with pytest.raises(RuntimeError, match=r"decide: call scaler.unscale_\(optimizer\) first"):
+        gate.decide()
+    assert same_bits(gate.state_dict()["state"], before)
+    scaler.unscale_(optimizer)
+    gate.decide()
+    scaler.step(optimizer)
+    assert gate.applied_updates() == 1
 
 
 def test_host_gate_takes_any_optimizer_and_detach_gives_it_back():

@@ -321,6 +321,17 @@ def test_lora_the_gate_sees_the_frozen_head(paths, tmp_path):
     assert len(shut_of(gated(paths[True], tmp_path, **{**options, "max_steps": 14}).train())) == 14
 
 
+def test_a_loss_scaler_sees_a_gradient_at_every_step(paths, tmp_path):
+    plain = gated(paths[False], tmp_path, GAIN).train()
+    run = gated(paths[False], tmp_path, GAIN)
+    run.trainer.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    run.train()
+    shut = shut_of(run)
+    assert any(shut) and shut == [row["gate/shut"] for row in plain.rows]
+    assert all(math.isfinite(row["gate/energy"]) for row in run.rows)
+    assert all(run.weights[name].equal(weight) for name, weight in plain.weights.items())
+
+
 @pytest.mark.parametrize("gate", [EAGER, GAIN], ids=["norm", "loss"])
 def test_evaluation_in_between_changes_nothing(gate, paths, tmp_path, monkeypatch):
     """Evaluation between updates."""

@@ -340,6 +340,13 @@ def test_one_weight_used_twice_and_checkpointing():
     assert error(weight.grad, plain[1]) < FLOOR[torch.float32]
 
 
+def sharded(*shape):
+    """What stands for a DTensor, which would need a process group."""
+    weight = torch.zeros(*shape)
+    weight.full_tensor = lambda: weight
+    return weight
+
+
 BAD = [
     (dict(hidden=torch.zeros(3, 9)), ValueError, r"hidden: expected \[\.\.\., D\] with D = 8 as"),
     (dict(hidden=torch.zeros(3, 8).double()), TypeError, "hidden: expected bfloat16, float16 or"),
@@ -359,6 +366,7 @@ BAD = [
     (dict(softcap=-1.0), ValueError, "softcap: expected a positive number or None, got -1.0"),
     (dict(grad_eps=1.0), ValueError, r"grad_eps: expected a number in \[0, 1\), got 1.0"),
     (dict(screen="fp4"), ValueError, "screen: expected"),
+    (dict(weight=sharded(5, 8)), TypeError, "weight: expected a plain Tensor, got a DTensor"),
     (dict(weight=torch.zeros(5, 8, device="meta")), ValueError, "weight: expected device cpu like"),
 ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import math
 import sys
 import time
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
@@ -20,7 +21,8 @@ from pretend_gpu import REHEARSAL, pretended_gpu
 from triton_tools import interpreting
 
 from benchmarks import bench_gate, bench_kernels, bench_step, common, gpu_suite, rows
-from dgg_kernels import lm_head, lm_head_forward
+from dgg_kernels import GateConfig, GradientGate, linear_logprob, lm_head, lm_head_forward, screen
+from dgg_kernels import gate as gate_module
 
 if not interpreting():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -204,6 +206,64 @@ def test_on_a_pretended_gpu(call, gpu, monkeypatch):
     monkeypatch.setattr(on_gpu.loop, "__defaults__", (6, 40, 16))
     with gpu.only_launches() if "never_waits" in name else nullcontext():
         getattr(on_gpu, name)(*arguments)
+
+
+# -- what only a GPU shows ------------------------------------------------------------------------
+
+
+def test_a_gate_follows_its_weight_to_where_it_is_attached(gpu, monkeypatch):
+    """As in a Trainer, which moves the model that it is given."""
+    head = torch.nn.Linear(16, 40, bias=False)
+    gate = GradientGate(GateConfig(threshold=math.inf), head.weight)
+    gate.new_batch()
+    head.weight = gate.weight = torch.nn.Parameter(head.weight.detach().to("cuda"))
+    optimizer = torch.optim.AdamW([head.weight], fused=True)
+    gate.attach(optimizer, max_grad_norm=1.0)
+    x, y = torch.randn(8, 16, device="cuda"), torch.randint(40, (8,), device="cuda")
+    before = head.weight.detach().clone()
+    linear_logprob(x, head.weight, y, gate=gate).logp.mean().backward()
+    gate.decide()
+    optimizer.step()
+    assert gate.applied_updates(wait=True) == 1
+    assert not before.cpu().equal(head.weight.detach().cpu())
+    monkeypatch.setattr(gate_module, "_built_for_cuda", lambda: False)
+    with pytest.raises(RuntimeError, match="weight: expected one on a device that the gate has op"):
+        GradientGate(GateConfig(), head.weight)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_several_ranks_hear_of_a_shut_gate_at_the_same_use(ranks, gpu, monkeypatch):
+    gate = GradientGate(GateConfig(), torch.zeros(4, 2, device="cuda"))
+    waits = []
+    monkeypatch.setattr(gate._copied, "synchronize", lambda: waits.append(1), raising=False)
+    monkeypatch.setattr(gate_module, "_world", lambda: ranks)
+    gate.is_shut()
+    gate.applied_updates()
+    assert len(waits) == (2 if ranks > 1 else 0)
+
+
+def test_outputs_are_fp32_whatever_torchs_default_is(gpu):
+    inputs = on_gpu.inputs(4, 40, 16, torch.float32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        out = linear_logprob(*inputs[:3])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {o.dtype for o in out[:4]} == {torch.float32}
+
+
+def test_no_codes_are_kept_once_a_step_was_captured(gpu, monkeypatch):
+    monkeypatch.setattr(screen, "_steps_are_captured", False)
+    weight = torch.nn.Parameter(torch.randn(64, 16, device="cuda"))
+    optimizer = torch.optim.AdamW([weight], fused=True, capturable=True)
+    screen.codes_of(weight, "int8", weight)
+    assert weight in screen._copies
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    screen.codes_of(weight, "int8", weight)
+    assert len(screen._copies) == 0
 
 
 # -- the pretence itself --------------------------------------------------------------------------

@@ -362,24 +362,45 @@ def load(weight, _):
 ])  # fmt: skip
 def test_codes_are_made_anew_after_a_write_that_the_version_counter_does_not_tell(write, skips):
     weight = torch.nn.Parameter(make(n=1).weight)
-    before = [code.clone() for code in screen_module.codes_of(weight, "int8")]
+    before = [code.clone() for code in screen_module.codes_of(weight, "int8", weight)]
     write(weight, skips)
-    codes = screen_module.codes_of(weight, "int8")
-    fresh = screen_module.codes_of(weight.detach().clone(), "int8")
+    codes = screen_module.codes_of(weight, "int8", weight)
+    fresh = screen_module._quantized(weight.detach(), "int8")
     assert all(torch.equal(a, b) for a, b in zip(codes, fresh, strict=True))
     assert not torch.equal(codes[0], before[0])
+
+
+def test_codes_are_kept_under_autocast_and_in_inference_mode(monkeypatch):
+    """Where the head's weight is a new tensor at every call."""
+    case, made = make(n=4), []
+    weight = torch.nn.Parameter(case.weight)
+    quantize = screen_module._quantized
+    monkeypatch.setattr(screen_module, "_quantized", lambda w, kind: made.append(len(w))
+                        or quantize(w, kind))  # fmt: skip
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with mode(), torch.autocast("cpu", torch.bfloat16):
+            for _ in range(2):
+                out = linear_logprob(case.hidden, weight, case.target, screen="int8")
+    assert made.count(len(weight)) == 1
+    of_16_bits = [t.to(torch.bfloat16) for t in (case.hidden, weight)]
+    exact = linear_logprob(*of_16_bits, case.target)
+    assert (out.logp - exact.logp).abs().max() < LIMIT
+    with torch.inference_mode():
+        of_no_version = weight.clone()
+        linear_logprob(case.hidden, of_no_version, case.target, screen="int8")
+    assert made.count(len(weight)) == 2
 
 
 @pytest.mark.parametrize("skips", [[1], [1, 1, 1]])
 def test_a_step_that_the_gate_skips_costs_no_new_codes(skips):
     weight = torch.nn.Parameter(make(n=1).weight)
-    codes = screen_module.codes_of(weight, "int8")[0]
+    codes = screen_module.codes_of(weight, "int8", weight)[0]
     codes[0, 0] = mark = codes[0, 0] ^ 1  # is lost when they are made anew
     step_fused(weight, skips)
-    again = screen_module.codes_of(weight, "int8")[0]
+    again = screen_module.codes_of(weight, "int8", weight)[0]
     assert again is codes and codes[0, 0] == mark
     step_fused(weight, [0])
-    assert screen_module.codes_of(weight, "int8")[0][0, 0] != mark
+    assert screen_module.codes_of(weight, "int8", weight)[0][0, 0] != mark
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -388,7 +409,7 @@ def test_codes_are_the_nearest_ones(dtype):
     x = torch.randn(70, 37, generator=rng).to(dtype)
     x[3] = 0.0
     for kind in ("int8", "bf16"):
-        codes, scale, norm_sq, residual_sq = screen_module.codes_of(x, kind)
+        codes, scale, norm_sq, residual_sq = screen_module._quantized(x, kind)
         rounded = codes.double() * scale.double()[:, None]
         torch.testing.assert_close(norm_sq.double(), x.double().square().sum(1))
         off = x.double() - rounded
@@ -402,7 +423,7 @@ def test_codes_are_the_nearest_ones(dtype):
 
 def test_opcheck():
     case = make(n=5, vocabulary=300, d=8)
-    codes = screen_module.codes_of(case.weight, "int8")
+    codes = screen_module._quantized(case.weight, "int8")
     leaves = [t.clone().requires_grad_() for t in case[:2]]
     args = (*leaves, None, case.target, 0.9, 5.0, 2**-6, None, torch.tensor([3]), [*codes])
     torch.library.opcheck(torch.ops.dgg.linear_logprob.default, (*args, None, -1, False),

@@ -1,9 +1,10 @@
 """Settings and the command line: every mistake is one line, and nothing is written."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from trainer_toys import TINY
+from transformers import LlamaConfig
 
 from python_trainer.__main__ import (
     CONFIGS,
@@ -16,8 +17,9 @@ from python_trainer.__main__ import (
     read_toml,
     task_options,
 )
-from python_trainer.compare import plan, read_run
+from python_trainer.compare import begin, plan, read_run
 from python_trainer.config import ConfigError, TrainConfig
+from python_trainer.model import pretrained
 from python_trainer.tasks import FAMILIES
 from python_trainer.tokenizer import FittedTokenizer
 
@@ -254,6 +256,41 @@ def test_every_field_is_an_option():
     args = parser().parse_args(["train", "--out", "x", "--num-iterations", "3", "--epsilon", ".1"])
     assert args.num_iterations == 3 and args.epsilon == 0.1
     assert task_options(["a=1", "b=x", "c=true"]) == {"a": 1, "b": "x", "c": True}
+    meant = {f.name: f.metadata.get("help") for f in fields(TrainConfig)}
+    assert {name for name, text in meant.items() if not text} == {"task_options", "use_counts"}
+    args = parser().parse_args(["train", "--out", "x", "--gate-squared", "True"])
+    assert args.gate_squared is True
+
+
+def test_a_wrong_truth_is_told(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["train", "--out", "x", "--gate-squared", "yes"])
+    assert "--gate-squared: expected true or false, got 'yes'" in capsys.readouterr().err
+
+
+def test_a_seed_that_is_given_takes_the_place_of_the_files(tmp_path):
+    (tmp_path / "my.toml").write_text("seeds = [3, 4]\n[arms.dgg]")
+    for options, seeds in (([], [3, 4]), (["--seed", "5"], [5]), (["--seeds", "6", "7"], [6, 7])):
+        argv = ["compare", "--out", "x", "--config", str(tmp_path / "my.toml"), *options]
+        args, file = parser().parse_args(argv), read_toml(str(tmp_path / "my.toml"))
+        assert plan_of(args, file, config_of(args, file)).seeds == seeds
+
+
+@pytest.mark.parametrize("command", ["train", "resume"])
+def test_processes_that_cannot_share_the_work_are_refused(command, tmp_path, monkeypatch, capsys):
+    begin(plan(TrainConfig(), ["dgg"], [0]), tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    argv = [command, "--out", str(tmp_path)]
+    sizes = ["--prompts-per-batch", "6", "--eval-prompts", "8"] if command == "train" else []
+    assert main([*argv, *sizes]) == 2
+    wrong = "eval_prompts: expected a multiple of 3" if sizes else "prompts_per_batch: expected a"
+    assert wrong in capsys.readouterr().err
+
+
+def test_a_model_without_weights_is_a_wrong_setting(tmp_path):
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="model: expected one that transformers can load, got"):
+        pretrained(str(tmp_path))
 
 
 def test_arm_names_agree_with_compare():

@@ -116,8 +116,25 @@ def test_a_rank_takes_a_gpu_only_to_train_on_it(device, taken, monkeypatch):
     found = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", found.append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
+    backends = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", backends.append)
     assert Ranks(device).rank == 3 and found == taken
+    assert backends == ["nccl" if taken else "gloo"]
+
+
+def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path, monkeypatch):
+    """A resumed run logs it again."""
+    made = []
+    module = types.ModuleType("tensorboard")
+    module.SummaryWriter = lambda folder, purge_step: made.append(purge_step)
+    module.__spec__ = ModuleSpec("tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", module)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    trackers.make(["tensorboard"], tmp_path)
+    progress = Progress()
+    train(TINY, prepare(TINY, Digits()), tmp_path, progress)
+    trackers.make(["tensorboard"], tmp_path)
+    assert made == [None, progress.updates_attempted + 1]
 
 
 @pytest.mark.parametrize("task", [Digits, Fails])

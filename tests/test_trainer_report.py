@@ -257,6 +257,11 @@ def test_arms_without_rows_and_missing_files(make):
         ("summary.json", "{", "expected a summary.json of this version"),
         ("summary.json", '{"arms": {}}', "expected a summary.json of this version"),
         ("summary.json", "[]", "expected a summary.json of this version"),
+        (
+            "summary.json",
+            '{"runs": [], "warmups": {}, "match": {}, "config": {"dgg": {"speed": 3}}}',
+            "expected a summary.json of this version",
+        ),
         ("dgg/seed-0/metrics.jsonl", '{"type": "ev\n', "expected a row of JSON a line in"),
         ("dgg/seed-0/metrics.jsonl", b"\xff\n", "expected a row of JSON a line in"),
     ],

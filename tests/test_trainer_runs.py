@@ -23,7 +23,7 @@ from rich.console import Console
 from trainer_toys import TINY, Digits, Echo, Fails
 
 from dgg_kernels import replay
-from python_trainer import checkpoint, compare, loop, report, tasks
+from python_trainer import checkpoint, compare, files, loop, report, tasks
 from python_trainer.__main__ import main
 from python_trainer.config import CheckpointError, ConfigError, TaskError
 from python_trainer.files import (
@@ -466,3 +466,45 @@ def test_whole_files_are_written_or_not_at_all(tmp_path):
 def test_report_needs_a_run(tmp_path, capsys):
     assert main(["report", "--out", str(tmp_path)]) == 2
     assert "expected a run directory with summary.json" in capsys.readouterr().err
+
+
+def test_the_commit_is_that_of_this_code_and_of_no_other(tmp_path, monkeypatch):
+    """It may be installed below another project's repository."""
+    run = partial(subprocess.run, cwd=tmp_path, check=True)
+    run(["git", "init", "-q"])
+    who = ["-c", "user.name=n", "-c", "user.email=e"]
+    run(["git", *who, "commit", "-q", "--allow-empty", "-m", "theirs"])
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
+    (tmp_path / "files.py").touch()
+    assert files.commit() is None
+    run(["git", "add", "files.py"])
+    run(["git", *who, "commit", "-q", "-m", "ours"])
+    assert len(files.commit()) == 40
+
+
+def test_a_batch_from_which_nothing_was_tried_counts():
+    rows = [{"type": "update", "rollouts": n, "gate/shut": False} for n in (1, 1, 3)]
+    assert use_counts(rows) == [2, 0, 1] and use_counts([]) == []
+
+
+def test_a_warm_up_imitates_the_examples_that_have_an_answer():
+    class Some(Digits):
+        known = 3
+
+        def sample(self, n, seed, held_out=False):
+            examples = super().sample(n, seed, held_out)
+            return [e if i < self.known else replace(e, answer=None)
+                    for i, e in enumerate(examples)]  # fmt: skip
+
+    assert prepare(replace(TINY, warmup_max_steps=2), Some()).warmup.steps == 2
+    Some.known = 0
+    with pytest.raises(TaskError, match=r"expected examples with an answer .* warmup_max_steps=0"):
+        prepare(replace(TINY, warmup_max_steps=2), Some())
+
+
+@pytest.mark.parametrize("gate", ["global_norm", "middle_norm"])
+def test_a_tied_heads_norm_is_not_taken_for_its_own(gate, start, tmp_path, monkeypatch):
+    """Its gradient is the embedding's as well, and the χ² bound would be none."""
+    monkeypatch.setattr(type(start.policy), "tied", True)
+    _, rows = one_run(replace(TINY, gate=gate), start, tmp_path)
+    assert all(math.isnan(r["gate/chi2_lower_bound"]) for r in rows if r["type"] == "update")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from python_trainer.files import per_batch, updates
+from python_trainer.files import updates
 
 from .. import common
 from . import figures, record
@@ -40,6 +41,7 @@ from .numbers import (
     holm,
     reached,
     speedup,
+    updates_paid,
     values,
     verdicts,
 )  # fmt: skip
@@ -116,8 +118,7 @@ def surge_table(runs: Runs) -> Iterator[str]:
         rises, early, late = [], [], []
         for run in of.values():
             rows = updates(run.rows)
-            norms = per_batch(rows, "gate/energy").values()
-            rises += [v[-1] / v[0] for v in norms if len(v) > 1 and v[0] > 0 and v[-1] >= 0]
+            rises += [v[-1] / v[0] for v in head_norms(rows) if len(v) > 1 and v[0] > 0]
             steps = [
                 row["dwd/lm_head"] / row["dwd/middle"] for row in rows if row["dwd/middle"] > 0
             ]
@@ -132,6 +133,18 @@ def surge_table(runs: Runs) -> Iterator[str]:
             )
 
 
+def head_norms(rows: list[dict[str, Any]]) -> list[list[float]]:
+    """From use to use of a batch, each of its mini-batches apart; of updates with a backward."""
+    norms: dict[tuple[int, int], list[float]] = {}
+    seen: Counter[tuple[int, int]] = Counter()
+    for row in rows:
+        use = row["rollouts"], row["gate/reuse"]
+        if not math.isnan(row["gate/energy"]):
+            norms.setdefault((row["rollouts"], seen[use]), []).append(row["gate/energy"])
+        seen[use] += 1
+    return [*norms.values()]
+
+
 def times_table(runs: Runs) -> Iterator[str]:
     """Seconds as measured, beside what the model of `speedup` makes of them."""
     yield (
@@ -143,28 +156,31 @@ def times_table(runs: Runs) -> Iterator[str]:
         rows = []
         for seed, run in of.items():
             single, batches = runs["single_use"][seed], run.curve[-1][0]
-            goal, mine, its = single.late, spent(run), spent(single)
+            goal, whole = single.late, spent(single, batches)
             rows.append((
                 run.seconds["rollout"] / batches,
                 run.seconds["update"] / batches,
-                its * reached(single, goal) / (mine * reached(run, goal)),
-                speedup(run, single, single.seconds["rollout"] / its),
+                spent(single, reached(single, goal)) / spent(run, reached(run, goal)),
+                speedup(run, single, single.seconds["rollout"] / whole),
             ))  # fmt: skip
         cells = [median(column) for column in zip(*rows, strict=True)]
         yield f"| {label(arm)} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |"
 
 
-def spent(run: Run) -> float:
-    return run.seconds["rollout"] + run.seconds["update"]
+def spent(run: Run, batches: int) -> float:
+    """Seconds for the first so many batches, whose share of the updates may be another's."""
+    every = run.curve[-1][0]
+    sampling = run.seconds["rollout"] * batches / every
+    return sampling + run.seconds["update"] * updates_paid(run, batches) / updates_paid(run, every)
 
 
 def best_rates(runs: Runs) -> dict[str, str]:
-    """Arm -> the value of the grid with the highest mean curve; of two alike the smaller."""
+    """Arm -> the value of the grid with the highest mean curve; of two alike the first."""
     found: dict[str, dict[str, float]] = {}
     for arm in runs:
         name, _, value = arm.partition("@")
         found.setdefault(name, {})[value] = fmean(values(runs, arm, "curve mean").values())
-    return {name: max(sorted(of, key=float), key=of.__getitem__) for name, of in found.items()}
+    return {name: max(sorted(of), key=of.__getitem__) for name, of in found.items()}
 
 
 def tables(name: str, runs: Runs, about: list[dict[str, Any]], found: Found) -> list[str]:

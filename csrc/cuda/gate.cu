@@ -96,7 +96,8 @@ void decide_cuda(Tensor state, const Tensor& signal, bool squares,
       "signal: expected contiguous partial squares, or one value, on the state's device");
   if (total_norm) check_scalar(*total_norm, "total_norm", state);
   if (header) check_state(*header);
-  STD_TORCH_CHECK(!header || header->is_cpu(), "header: expected pinned memory of the host");
+  STD_TORCH_CHECK(!header || header->is_cpu(),
+                  "header: expected memory of the host, pinned (which is not checked)");
   torch::stable::accelerator::DeviceGuard guard(state.get_device_index());
   auto launch = [&](auto* x) {
     decide_kernel<<<1, THREADS, 0, current_stream(state)>>>(

@@ -163,7 +163,7 @@ def patch_lm_head(
     Args:
         model: a transformers causal LM, or the PEFT model around one.
         temperature: divides the logits.
-        float32: run the head in float32 even under autocast.
+        float32: run a float32 head in float32 even under autocast.
         options: of `linear_logprob`: grad_eps, screen, gate. The gate sees passes with gradient.
 
     Raises:
@@ -263,6 +263,10 @@ class DGGCallback(TrainerCallback, ExportableState):
             saved = kept["attributes"]
             values = torch.tensor(saved["state"], dtype=torch.float64)
             self.gate.load_state_dict({**saved, "state": values})
+        if self.host_gate and kwargs["optimizer"].scaler is not None:
+            # Accelerate calls the step that it found when it wrapped the optimizer.
+            raise ValueError("fp16: expected no loss scaler with host_gate=True: it would step "
+                             "past the gate; bf16 needs none")  # fmt: skip
         self.gate.detach()  # what a train() that raised has left
         self._max_grad_norm, args.max_grad_norm = args.max_grad_norm or self._max_grad_norm, 0.0
         optimizer = kwargs["optimizer"]

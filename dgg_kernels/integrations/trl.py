@@ -193,7 +193,8 @@ class DGGTrainer(GRPOTrainer):
         if self.accelerator.sync_gradients:
             self.gate.foresee(self._loss)
             self._loss = 0.0
-            if self.gate.is_shut(wait=True):
+            # A loss scaler wants to see a gradient at every step.
+            if self.accelerator.scaler is None and self.gate.is_shut(wait=True):
                 return loss.detach().requires_grad_()
         return loss
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dgg_kernels import linear_logprob
-from dgg_kernels.distributed import vocab_parallel_logprob
+from dgg_kernels.distributed import over_shards
 
 
 def linear_cross_entropy(
@@ -54,13 +54,8 @@ def linear_cross_entropy(
         if lse is not None:
             lse[:] = [out.lse]
     else:
-        ranks, rank = dist.get_world_size(dist_process_group), dist.get_rank(dist_process_group)
-        if hidden.requires_grad:
-            hidden = hidden.view_as(hidden)
-            hidden.register_hook(lambda grad: grad / ranks)  # is summed here already
-        out = vocab_parallel_logprob(
-            hidden, weight, labels, rank * weight.shape[0], group=dist_process_group, **options
-        )
+        first = dist.get_rank(dist_process_group) * weight.shape[0]
+        out = over_shards(hidden, weight, labels, first, dist_process_group, -100, **options)
     logp = out.logp if reduction == "none" else getattr(out.logp, reduction)()
     return logp, out.entropy
 

@@ -67,7 +67,7 @@ from alfworld.gen.goal_library import gdict
 from textworld.envs.pddl.logic import GameLogic, PddlState
 from textworld.generator.game import EntityInfo
 
-from ..config import ConfigError, TaskError
+from ..config import ConfigError, TaskError, one_line
 from . import Example, is_held_out, options_of
 
 MAX_TURN = 200  # characters; a longer turn is not understood
@@ -209,9 +209,9 @@ class AlfworldTask:
         try:
             return game, self.engine.plan(game)
         except (Exception, SystemExit) as error:  # the translator asserts, raises and exits
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(str(error)) or type(error).__name__
             raise TaskError(
-                f"task alfworld: {path}: pddl_problem: expected one of the domain ({reason:.200})"
+                f"task alfworld: {path}: pddl_problem: expected one of the domain ({reason})"
             ) from error
 
     def _make(self, held_out: bool, index: int) -> tuple[Game, tuple[str, ...]]:

@@ -39,7 +39,7 @@ from typing import Any, Protocol
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from ..config import ConfigError, TaskError
+from ..config import ConfigError, TaskError, one_line
 from . import HELD_OUT_SHARE, Example, Verified, is_held_out
 from .bounded import Bounded
 from .problems import LONGEST, Problems
@@ -306,7 +306,7 @@ def _generator(dataset: str, options: dict[str, Any]) -> Any:
         # A seed of 0 makes the index the whole identity of an item: item i is Random(i)'s.
         return reasoning_gym.create_dataset(dataset, seed=0, **options)
     except (AssertionError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or "its generator refused them"
+        reason = one_line(str(error)) or "its generator refused them"
         raise ConfigError(
             f"task_options: expected options of reasoning-gym's {dataset}, "
             f"got {options!r} ({reason})"
