@@ -42,8 +42,8 @@ STYLES = (
     ("compile", ORANGE, "-"), ("TRL", PINK, "-"), ("Liger", RED, "-"),
     ("Cut Cross-Entropy", GREEN, "--"), ("verl", "#8C564B", "-"), ("", GREY, "-"),
 )  # fmt: skip
-# Kept beside the records that took their place, to show what changed.
-SUPERSEDED = re.compile("before_tuning|without_pauses|_first$")
+# Kept beside the records that took their place, to show what differs.
+SUPERSEDED = re.compile("before_tuning|without_pauses|_epyc$")
 Record = dict[str, Any]
 
 
@@ -400,7 +400,7 @@ def figures(records: dict[str, Record]) -> Iterator[tuple[str, Figure]]:
                 yield name, figure
             elif len(record["variants"]) > 5:
                 yield name, head_bars(record)
-        elif kind == "kernels":
+        elif kind == "kernels" and "NVIDIA" in record["stamp"]["device"]:
             yield f"{name}_roofline", roofline(record)
         elif kind == "step":
             yield name, step_bars(record)

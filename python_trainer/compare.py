@@ -363,7 +363,8 @@ def summarise(
     """The content of `summary.json`.
 
     `config` is what the seeds of an arm share; what an arm in `match` has of another one is not in
-    it, but in its runs' `mean_uses`.
+    it, but in its runs' `mean_uses`: applied updates a batch, of which `mini_batches` are one of
+    the passes that the setting of that name counts.
 
     Per run: `final_accuracy` is the last evaluation's, `late_accuracy` that of the last quarter.
     `rollouts_to_single_use_final` is the first evaluated number of rollout batches at which an arm

@@ -171,11 +171,11 @@ def test_trl_trains_an_arm_of_the_trainers(gate, tmp_path):
 
 
 def test_records_become_figures_and_tables(tmp_path):
-    wanted = ("h100/kernels", "h100/lm_head", "cpu_1_thread_n", "cpu_2")
+    wanted = ("h100/kernels", "h100/lm_head", "cpu_n", "cpu_2")
     records = {n: r for n, r in plot.read(RESULTS).items() if n.startswith(wanted)}
     figures = dict(plot.figures(records))
     assert set(figures) == {
-        "cpu_2_threads", "cpu_1_thread_by_rows", "h100/kernels_roofline", "h100/lm_head",
+        "cpu_2_threads", "cpu_by_rows", "h100/kernels_roofline", "h100/lm_head",
         "h100/lm_head_by_entropy",
     }  # fmt: skip
     for figure in figures.values():
