@@ -7,8 +7,6 @@ from typing import Any
 
 from python_trainer import results
 
-from . import labels  # noqa: F401  (by which `results` calls the arms)
-
 Record = dict[str, Any]
 Row = list[str]
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .lm_head import LogprobOutput, check_tensors, logprob_with_lse
+from .lm_head import LogprobOutput, autocast, check_tensors, logprob_with_lse
 
 
 class _SumGradients(torch.autograd.Function):
@@ -76,12 +76,12 @@ def vocab_parallel_logprob(
     Gate it with `gate.decide(energy=sharded_norm(weight.grad))`; to clip, too, pass `grad_norm` the
     norm over all parameters, of which this one is a part.
     """
-    check_tensors(hidden, weight, target, None)
+    check_tensors(*autocast(hidden, weight, None)[:2], target, None)
     if not isinstance(first, int):
         raise TypeError(f"first: expected an int, got {type(first).__name__}")
     return over_shards(
-        _SumGradients.apply(hidden, group), weight, target, first, group, ignore_index,
-        temperature=temperature, softcap=softcap, grad_eps=grad_eps,
+        _SumGradients.apply(hidden, group), weight, target, first, group, temperature, softcap,
+        ignore_index, grad_eps,
     )  # fmt: skip
 
 
@@ -91,17 +91,20 @@ def over_shards(
     target: Tensor,
     first: int,
     group: dist.ProcessGroup | None,
-    ignore_index: int,
-    **options: Any,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    grad_eps: float = 2**-12,
 ) -> LogprobOutput:
-    """The same, but the gradient of `hidden` is this rank's part of it."""
+    """`vocab_parallel_logprob`, whose gradient of `hidden` is this rank's part: not summed."""
     kept = target != ignore_index
     local = target - first
     inside = kept & (local >= 0) & (local < weight.shape[0])
     # Of a row whose target another rank holds, only what does not depend on the target is used.
     mine = logprob_with_lse(
-        hidden, weight, local.where(inside, 0).where(kept, -100), ignore_index=-100, **options
-    )
+        hidden, weight, local.where(inside, 0).where(kept, -100), temperature=temperature,
+        softcap=softcap, ignore_index=-100, grad_eps=grad_eps,
+    )  # fmt: skip
     lse_local = mine.lse
     score = mine.logp + mine.lse
     highest = lse_local.detach().clone()

@@ -236,13 +236,13 @@ class GradientGate:
     Per rollout batch: `new_batch()`, then for each use backward, `decide()`, `optimizer.step()`,
     and stop when `is_shut()`. Once shut the gate stays shut until `new_batch()`, so a host that
     looks late wastes a step but never applies a harmful one. Nothing here makes the host wait for
-    the device, except `is_shut(wait=True)`, or over several ranks, `state_dict()` and whoever reads
-    `metrics()`.
+    the device, except `is_shut(wait=True)`, `state_dict()` and whoever reads `metrics()`. Over
+    several ranks `is_shut()` and `applied_updates()` always wait, so that all hear the same.
 
     Args:
         config: what to score and when to shut.
         weight: the lm_head parameter [V, D] that is passed to `linear_logprob(..., gate=self)`. Its
-            device is the gate's; if it is moved, the gate follows at the first `attach()`.
+            device is the gate's; to a GPU, the gate follows it at the first `attach()`.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be; names it.
@@ -265,7 +265,6 @@ class GradientGate:
         _gates[self.id] = self
         self._backwards = 0
         self._grad_was_empty = False
-        self._head_grad: Tensor | None = None  # sum of this update's head gradients, if kept
         self._scaler: torch.amp.GradScaler | None = None
         self._batches = 0  # calls of new_batch()
         self._awaits_step = self._foreseen = False
@@ -286,6 +285,7 @@ class GradientGate:
         self._one = torch.ones((), dtype=torch.float32, device=device)
         # Written by the backward of linear_logprob: squared norms of the gradient's rows as stored.
         self.row_sq = torch.zeros(len(self.weight), dtype=torch.float32, device=device)
+        self._head_grad: Tensor | None = None  # sum of this update's head gradients, if kept
         self._pinned: Tensor | None = None  # the state's header, as the last decision left it
         if device.type == "cuda":
             self._pinned = torch.zeros(
@@ -333,7 +333,8 @@ class GradientGate:
                 f"max_grad_norm: expected {self.max_grad_norm!r}, as at the first attach(), "
                 f"got {max_grad_norm!r}"
             )
-        if self.weight.device != self._state.device and not self._optimizers:
+        moved = self.weight.is_cuda and self.weight.device != self._state.device
+        if moved and not self._optimizers:
             on_meta = self._state.is_meta  # a weight that had no values yet
             fresh = torch.from_numpy(_initial_state(self.config))
             self._place(fresh if on_meta else self._state)
@@ -468,8 +469,8 @@ class GradientGate:
 
         Args:
             wait: wait for the last decision. Without it the answer on a GPU is that of the last
-                decision that the device has come to; but over several ranks it always waits, as
-                they must not hear of it at different uses.
+                decision that the device has come to. Over several ranks it always waits: they
+                must not hear of it at different uses.
         """
         seen = self._header(wait)
         # The device may not have come to this batch yet. It writes the batch's number last.

@@ -180,8 +180,8 @@ def _without_gradient_of_lse(function: Callable[P, LogprobOutput]) -> Callable[P
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> LogprobOutput:
-        out = function(*args, **kwargs)
-        return out._replace(lse=out.lse.detach())
+        logp, entropy, lse, *others = function(*args, **kwargs)
+        return LogprobOutput(logp, entropy, lse.detach(), *others)  # torch 2.11: no _replace
 
     return call
 
@@ -297,7 +297,8 @@ def autocast(
     if not all(isinstance(t, Tensor) for t in (hidden, weight)):
         return hidden, weight, bias
     device = hidden.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    # Not torch.amp.is_autocast_available, which torch 2.11 cannot compile.
+    if device not in ("cpu", "cuda", "mps", "xpu") or not torch.is_autocast_enabled(device):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -141,7 +141,7 @@ class GatedScheduler:
     """Steps a learning-rate schedule once per applied update, instead of once per attempt.
 
     Call `step()` after `optimizer.step()`, as the scheduler's own. The number of applied updates is
-    what the host knows of it (`GradientGate.applied_updates`): on a GPU the schedule may follow
+    what the host knows of it (`GradientGate.applied_updates`): on one GPU the schedule may follow
     late, but it never counts a skipped update. Gate and schedule may be restored from a checkpoint
     before or after this is built.
 

@@ -87,9 +87,9 @@ class TrainConfig:
     num_iterations: int = setting(8, "K: the most passes over one rollout batch")
     mini_batches: int = setting(1, "updates a pass, each of another part of the batch")
     loss_type: str = setting("dapo", "one of " + ", ".join(LOSSES))
-    epsilon: float = setting(0.2, "the importance ratio is clipped this far below 1, and above")
+    epsilon: float = setting(0.2, "clip of the importance ratio: 1 - this to 1 + epsilon_high")
     epsilon_high: float | None = setting(
-        None, "above, where it differs; with cispo the most that a ratio may weigh, to be given"
+        None, "see epsilon (default: the same); cispo needs it: the most that a ratio may weigh"
     )
     beta: float = setting(0.0, "weight of the k3 KL to the warm start")
     scale_rewards: str = setting("group", "whose standard deviation advantages are divided by: "
@@ -106,34 +106,34 @@ class TrainConfig:
     )
     weight_decay: float = setting(0.0, "AdamW's")
     max_grad_norm: float = setting(1.0, "the global norm is clipped to it")
-    grad_eps: float = setting(2**-12, "probability below which the head is drawn; 0: exact")
+    grad_eps: float = setting(2**-12, "probabilities below it: gradient drawn at random; 0: exact")
     screen: str | None = setting(
         None, "int8, fp8 or bf16: screened logits, in every pass of the policy (default: exact)"
     )
 
     # When to stop re-using a batch
     gate: str = setting("gain", "one of " + ", ".join(GATES)
-                        + "; without the ratio's clip, dgg or kl")  # fmt: skip
+                        + ": see docs/trainer.md; without the ratio's clip, dgg or kl")  # fmt: skip
     gate_threshold: float | None = setting(
-        None, "tau, standard deviations: 0.4 for gates of loss or log-ratio, 0.5 for others"
+        None, "tau, standard deviations (default: gain, gain_kl, log_ratio 0.4; others 0.5)"
     )
-    gate_window: int | None = setting(None, "values that a z-score is taken of: 96, 32 for others")
+    gate_window: int | None = setting(None, "values that z is taken of (default: as above, 96; 32)")
     gate_include_shut: bool | None = setting(
-        None, "values that shut the gate enter its window: true, false for others"
+        None, "values that shut the gate enter its window (default: as above, true; false)"
     )
     gate_statistic: str = setting("increment", "what is scored: " + ", ".join(STATISTICS))
-    gate_average: str = setting("window", "or ema: mean and deviation that forget 3 % a value")
+    gate_average: str = setting("window", "what z is taken of; or ema, which forgets 3 % a value")
     gate_squared: bool = setting(False, "score the squared norm")
     kl_stop: float = setting(0.01, "kl and gain_kl stop above this KL(old || new), nats a token")
     chi2_stop: float = setting(0.1, "chi2 stops above this Pearson chi-squared of the batch")
     mean_uses: float = setting(2.0, "random aims at so many passes over a batch")
     use_counts: tuple[int, ...] = ()  # gate="shuffled": updates from each batch, in any order
     shuffle_within: int | None = setting(
-        None, "shuffled shuffles counts among so many batches in a row (default: among all)"
+        None, "gate shuffled: counts are shuffled among so many batches in a row (default: all)"
     )
 
     # Model
-    model: str = setting("embedded", "or smollm2, or a name or folder of transformers")
+    model: str = setting("embedded", "embedded, smollm2, or a name or folder of transformers")
     dtype: str = setting("float32", "one of " + ", ".join(DTYPES))
     lora_rank: int = setting(0, "0: all weights are trained")
     gradient_checkpointing: bool = setting(False, "recompute layers in the backward: less memory")
@@ -145,7 +145,7 @@ class TrainConfig:
 
     # Supervised warm-up, which stands in for pre-training
     warmup_accuracy: float = setting(0.2, "held-out accuracy at which the warm-up ends")
-    warmup_max_steps: int = setting(2000, "or after so many; 0: none")
+    warmup_max_steps: int = setting(2000, "steps after which it ends at the latest; 0: no warm-up")
     warmup_batch_size: int = setting(128, "examples a step")
     warmup_learning_rate: float = setting(3e-3, "AdamW's")
     warmup_eval_every: int = setting(5, "steps")
@@ -156,7 +156,7 @@ class TrainConfig:
 
     save_every: int = setting(200, "update attempts between checkpoints")
     seed: int = setting(0, "of prompts, samples, weights")
-    device: str = setting("cpu", "cuda, or another of torch's")
+    device: str = setting("cpu", "or cuda, cuda:1, ...")
     # Fixed, because the order of sums depends on it; 1, because two threads gain little on matrices
     # this small and lose a lot when another process wants the core.
     threads: int = setting(1, "CPU threads of torch")

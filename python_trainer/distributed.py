@@ -88,10 +88,6 @@ def check_parallel(config: TrainConfig) -> None:
             f"prompts_per_batch: expected a multiple of {world} processes x {config.mini_batches} "
             f"mini-batches ({parts}), got {config.prompts_per_batch}"
         )
-    if config.eval_prompts % world:  # sharded, no rank may have a forward more than the others
-        raise ConfigError(
-            f"eval_prompts: expected a multiple of {world} processes, got {config.eval_prompts}"
-        )
 
 
 def spread(policy: Policy, config: TrainConfig, ranks: Ranks) -> nn.Module:

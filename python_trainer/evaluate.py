@@ -35,21 +35,24 @@ class Evaluator:
         self.answers: list[Sequences] = []
         if task.exact:
             mine = self.examples[ranks.rank :: ranks.world]
-            known = expert(policy.tokenizer, task, mine, config)
-            size = config.micro_batch_size or len(known)
-            pad = policy.tokenizer.pad
-            self.answers = [
-                pack(known[i : i + size], pad, config.device) for i in range(0, len(known), size)
-            ]
+            known = expert(policy.tokenizer, task, mine or self.examples[:1], config)
+            self.mine, most = len(mine), -(-len(self.examples) // ranks.world)
+            size = config.micro_batch_size or most
+            # As many forwards on every rank, which shards want: the last one's may not count.
+            parts = [known[i : i + size] or known[:1] for i in range(0, most, size)]
+            self.answers = [pack(part, policy.tokenizer.pad, config.device) for part in parts]
 
     @torch.no_grad()
     def accuracy(self, model: torch.nn.Module, engine: Engine) -> float:
         """Of the policy as it is now; `model` is what `spread` made of it."""
         if self.task.exact:
             total = torch.zeros((), dtype=torch.float64)
+            left = self.mine
             for s in self.answers:
                 out = model(s.tokens_BT, s.attention_BT, s.mask_BC, self.config).out
-                total += out.logp.double().sum(dim=1).exp().sum().cpu()  # 0 where masked
+                right_B = out.logp.double().sum(dim=1).exp()  # 0 where masked
+                total += right_B[:left].sum().cpu()
+                left -= min(left, len(right_B))
         else:
             # A part's random numbers are its own, whoever plays it.
             def part(examples: Sequence[Example], n: int) -> list[Transcript]:

@@ -206,6 +206,12 @@ def check_model(config: TrainConfig) -> None:
         raise ConfigError(
             f"device: expected one that torch has here, got {config.device!r} ({reason})"
         ) from error
+    kind = torch.device(config.device).type
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and torch.ops.dgg.build()[1] == "none"):
+        raise ConfigError(
+            "device: expected one that the gate was built for (`python -m dgg_kernels.info`), "
+            f"got {config.device!r}"
+        )
     if config.model == "embedded":
         FittedTokenizer(config.vocab_size)
         return

@@ -19,7 +19,8 @@ PLOTS = {
     "divergence": "Weight divergence per layer",
     "uses": "Updates applied per rollout batch",
 }
-# Okabe and Ito's palette, told apart by colour-blind readers; dashes for those who print in grey.
+# The trainer's arms, and those of docs/evidence.md. Okabe and Ito's palette, told apart by
+# colour-blind readers; dashes for those who print in grey.
 STYLES = {
     "single_use": ("Single use", "#000000", "-"),
     "fixed_k2": ("Fixed K=2", "#E69F00", ":"),
@@ -27,8 +28,17 @@ STYLES = {
     "fixed_k4": ("Fixed K=4", "#E69F00", "--"),
     "fixed_k8": ("Fixed K=8", "#D55E00", "-"),
     "dgg": ("DGG", "#0072B2", "-"),
+    "dgg_squared": ("DGG, squared norm", "#0072B2", "--"),
     "random": ("Random stop", "#CC79A7", "--"),
-    "shuffled": ("Counts, shuffled", "#CC79A7", "-"),
+    "shuffled": ("DGG's counts, shuffled", "#CC79A7", "-"),
+    "local_dgg": ("DGG's counts, shuffled among 16", "#CC79A7", "-"),
+    "local_gain": ("Gain gate's counts, shuffled among 16", "#CC79A7", ":"),
+    "shuffled_squared": ("DGG's counts, squared norm, shuffled", "#CC79A7", "-."),
+    "shuffled_gain": ("Gain gate's counts, shuffled", "#CC79A7", ":"),
+    "shuffled_log_ratio": ("Log-ratio gate's counts, shuffled", "#CC79A7", "--"),
+    "shuffled_kl": ("KL stop's counts, shuffled", "#CC79A7", ":"),
+    "falling": ("Uses 8, 4, 2, 1", "#000000", "-."),
+    "rising": ("Uses 1, 2, 4, 8", "#000000", ":"),
     "gain": ("Gain gate", "#009E73", "-"),
     "gain_kl": ("Gain gate and KL stop", "#009E73", "--"),
     "log_ratio": ("Log-ratio gate", "#E69F00", "-"),
@@ -36,8 +46,11 @@ STYLES = {
     "chi2": ("χ² stop", "#009E73", ":"),
     "global_norm": ("Global-norm gate", "#56B4E9", "-."),
     "middle_norm": ("Middle-layer gate", "#56B4E9", ":"),
+    "tempered": ("Tempered re-use", "#777777", "-."),
     "skip_step": ("SkipStep", "#777777", "--"),
     "zclip": ("ZClip", "#777777", ":"),
+    "oracle": ("Hindsight oracle", "#000000", ":"),
+    "all_uses": ("Fixed K=8, effects recorded", "#D55E00", ":"),
 }
 SIGNALS = {
     "gate/energy": "gradient norm",
@@ -54,11 +67,9 @@ def style(arm: str) -> tuple[str, str, str]:
 
     `arm@value` is the arm of a grid (`compare.plan`).
     """
-    if arm in STYLES:
-        return STYLES[arm]
     name, *values = arm.split("@")
     label, colour, dash = STYLES.get(name, (name, "#777777", "-"))
-    return " @ ".join([label, *values]), colour, dash
+    return " @ ".join([label, *values]), colour, "--" if values else dash
 
 
 def panels(rows: int, columns: int, height: float, width: float = 11) -> tuple[Any, Any]:

@@ -97,7 +97,7 @@ def read_summary(out: Path) -> Summary:
         raise ConfigError(
             f"out: expected a run directory with summary.json, got {str(out)!r}"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"out: expected a summary.json of this version in {str(out)!r}, got {error!r}"
         ) from error

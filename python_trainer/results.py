@@ -36,7 +36,8 @@ def in_order(summary: Summary) -> list[str]:
     """Arms in the order of STYLES, whatever order they ran in."""
     names = list(STYLES)
     arms = dict.fromkeys(run["arm"] for run in summary["runs"])
-    return sorted(arms, key=lambda arm: names.index(arm) if arm in names else len(names))
+    known = {arm: arm.partition("@")[0] for arm in arms}
+    return sorted(arms, key=lambda a: names.index(known[a]) if known[a] in names else len(names))
 
 
 def seeds_of(summary: Summary) -> list[int]:

@@ -1,6 +1,6 @@
 """TensorBoard and Weights & Biases, for those who have them: they get what metrics.jsonl gets.
 
-Of a resumed run TensorBoard forgets what came after the checkpoint; W&B shows a run of its own.
+TensorBoard forgets what it has and no checkpoint; for W&B a resumed run is one of its own.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         done = checkpoint.progress_in(folder / "checkpoints")
-        known = None if done is None else done["updates_attempted"] + 1
+        known = 0 if done is None else done["updates_attempted"] + 1
         self.writer = SummaryWriter(folder, purge_step=known)
 
     def __call__(self, row: Row) -> None:

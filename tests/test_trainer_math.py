@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,29 @@ def played(request, start):
     task = request.param()
     engine = TransformersEngine(start.policy)
     return play(engine, start.policy.tokenizer, task, task.sample(12, "0"), TINY, "key")
+
+
+@pytest.mark.parametrize("size", [None, 1, 2])
+@pytest.mark.parametrize("n", [2, 7])
+def test_all_ranks_make_as_many_forwards_of_an_evaluation(size, n):
+    """Sharded weights are gathered in each: a rank with one more would wait for the others."""
+
+    class Exact(Digits):
+        exact = True
+
+    torch.manual_seed(0)
+    config = replace(TINY, micro_batch_size=size, eval_prompts=n)
+    policy = new_policy(config, Exact())
+    found = []
+    for rank in range(3):
+        ranks = SimpleNamespace(rank=rank, world=3, total=lambda x: x)
+        evaluator = Evaluator(Exact(), policy, config, ranks)
+        forwards = []
+        counted = lambda *args: forwards.append(1) or policy(*args)  # noqa: B023, E731
+        found.append((evaluator.accuracy(counted, None), len(forwards)))
+    alone = Evaluator(Exact(), policy, config, Ranks.alone()).accuracy(policy, None)
+    assert sum(accuracy for accuracy, _ in found) == pytest.approx(alone, rel=1e-6) and alone > 0
+    assert len({count for _, count in found}) == 1
 
 
 def test_micro_batches_of_the_warm_up_add_up_to_its_batch():

@@ -12,10 +12,10 @@ from typing import Any
 
 from python_trainer.config import TrainConfig
 from python_trainer.files import decoded, read_metrics
+from python_trainer.plots import style
 from python_trainer.results import last_quarter
 
 from .. import common
-from ..labels import style
 
 FOLDER = common.RESULTS / "evidence"
 # Of an update, what the tables and figures need; the rest is in the run directory's own log.

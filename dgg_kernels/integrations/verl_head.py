@@ -55,7 +55,7 @@ def linear_cross_entropy(
             lse[:] = [out.lse]
     else:
         first = dist.get_rank(dist_process_group) * weight.shape[0]
-        out = over_shards(hidden, weight, labels, first, dist_process_group, -100, **options)
+        out = over_shards(hidden, weight, labels, first, dist_process_group, **options)
     logp = out.logp if reduction == "none" else getattr(out.logp, reduction)()
     return logp, out.entropy
 
