@@ -180,8 +180,9 @@ def _without_gradient_of_lse(function: Callable[P, LogprobOutput]) -> Callable[P
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> LogprobOutput:
-        logp, entropy, lse, *others = function(*args, **kwargs)
-        return LogprobOutput(logp, entropy, lse.detach(), *others)  # torch 2.11: no _replace
+        out = function(*args, **kwargs)
+        # Not _replace, which torch 2.11 cannot compile.
+        return LogprobOutput(out.logp, out.entropy, out.lse.detach(), out.sum_p2, out.screen_stats)
 
     return call
 
