@@ -296,12 +296,8 @@ def main() -> None:
     parser.add_argument("--zero-rows", type=float, nargs="+", default=[0.0],
                         help="share of rows with c = 0")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--peers",
-        nargs="*",
-        metavar="NAME",
-        help="of those that it would name otherwise (default: all)",
-    )
+    parser.add_argument("--peers", nargs="*", metavar="NAME",
+                        help="measure these alone; a name that is unknown lists all")  # fmt: skip
     parser.add_argument("--grad-eps", type=int, nargs="*", metavar="EXPONENT",
                         help="also ours with grad_eps = 2^EXPONENT")  # fmt: skip
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")

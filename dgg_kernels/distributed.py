@@ -76,7 +76,8 @@ def vocab_parallel_logprob(
     Gate it with `gate.decide(energy=sharded_norm(weight.grad))`; to clip, too, pass `grad_norm` the
     norm over all parameters, of which this one is a part.
     """
-    check_tensors(*autocast(hidden, weight, None)[:2], target, None)
+    cast, weight, _ = autocast(hidden, weight, None)
+    check_tensors(cast, weight, target, None)
     if not isinstance(first, int):
         raise TypeError(f"first: expected an int, got {type(first).__name__}")
     return over_shards(

@@ -201,8 +201,9 @@ def _described(value: object) -> str:
 _headers: list[Tensor] = []
 
 
-def _built_for_cuda() -> bool:
-    return torch.ops.dgg.build()[1] != "none"
+def gate_devices() -> tuple[str, ...]:
+    """Types of device that the gate's ops were built for."""
+    return ("cpu",) if torch.ops.dgg.build()[1] == "none" else ("cpu", "cuda")
 
 
 def _world() -> int:
@@ -273,7 +274,7 @@ class GradientGate:
     def _place(self, state: Tensor) -> None:
         """Put the state, and what else the ops read and write, on the weight's device."""
         device = self.weight.device
-        if device.type not in ("cpu", "meta") and not (device.type == "cuda" and _built_for_cuda()):
+        if device.type not in (*gate_devices(), "meta"):
             raise RuntimeError(
                 f"weight: expected one on a device that the gate has ops for, got {device}: see "
                 "`python -m dgg_kernels.info`"
@@ -335,9 +336,10 @@ class GradientGate:
             )
         moved = self.weight.is_cuda and self.weight.device != self._state.device
         if moved and not self._optimizers:
-            on_meta = self._state.is_meta  # a weight that had no values yet
-            fresh = torch.from_numpy(_initial_state(self.config))
-            self._place(fresh if on_meta else self._state)
+            state = self._state
+            if state.is_meta:  # of a weight that had no values yet
+                state = torch.from_numpy(_initial_state(self.config))
+            self._place(state)
         attached = attach_optimizer(
             optimizer,
             self.found_inf,

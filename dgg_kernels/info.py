@@ -9,17 +9,17 @@ import torch
 
 import dgg_kernels
 from dgg_kernels import _library
+from dgg_kernels.gate import gate_devices
 
 
 def implementations() -> dict[str, str]:
     """Device type -> implementation of the lm_head ops and of the gate."""
     triton = importlib.util.find_spec("triton")
-    _, archs = torch.ops.dgg.build()
     vectors = torch.backends.cpu.get_cpu_capability()
     return {
         "cpu": f"lm_head: C++ ({vectors}); gate: C++",
         "cuda": f"lm_head: {'Triton' if triton else 'none (install triton)'}; gate: "
-        + ("CUDA" if archs != "none" else "none (built without CUDA)"),
+        + ("CUDA" if "cuda" in gate_devices() else "none (built without CUDA)"),
         "mps, xpu": "lm_head: plain PyTorch by vocabulary chunks; gate: none",
     }
 

@@ -188,11 +188,8 @@ def plan_of(args: argparse.Namespace, file: dict[str, Any], config: TrainConfig)
         own = defined.get("random", PRESETS["random"])
         defined["random"] = {name: value for name, value in own.items() if name != "match"}
     names = args.arms or list(arms) or list(DEFAULT_ARMS)
-    if args.seed is None:
-        seeds = args.seeds or seeds or [config.seed]
-    else:
-        seeds = args.seeds or [args.seed]
-    return plan(config, names, seeds, defined, grid)
+    given = args.seeds or ([] if args.seed is None else [args.seed])
+    return plan(config, names, given or seeds or [config.seed], defined, grid)
 
 
 def arm_name(config: TrainConfig) -> str:

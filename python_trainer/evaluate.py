@@ -52,7 +52,7 @@ class Evaluator:
                 out = model(s.tokens_BT, s.attention_BT, s.mask_BC, self.config).out
                 right_B = out.logp.double().sum(dim=1).exp()  # 0 where masked
                 total += right_B[:left].sum().cpu()
-                left -= min(left, len(right_B))
+                left = max(0, left - len(right_B))
         else:
             # A part's random numbers are its own, whoever plays it.
             def part(examples: Sequence[Example], n: int) -> list[Transcript]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dgg_kernels import GradientGate, LogprobOutput
+from dgg_kernels.gate import gate_devices
 
 from .config import ConfigError, TrainConfig, one_line
 from .tokenizer import ChatTokenizer, FittedTokenizer, Tokenizer
@@ -206,8 +207,7 @@ def check_model(config: TrainConfig) -> None:
         raise ConfigError(
             f"device: expected one that torch has here, got {config.device!r} ({reason})"
         ) from error
-    kind = torch.device(config.device).type
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and torch.ops.dgg.build()[1] == "none"):
+    if torch.device(config.device).type not in gate_devices():
         raise ConfigError(
             "device: expected one that the gate was built for (`python -m dgg_kernels.info`), "
             f"got {config.device!r}"

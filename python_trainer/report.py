@@ -31,7 +31,7 @@ from .results import (
     verdict,
     what_accuracy_is,
 )
-from .stopping import GATED, SCORED
+from .stopping import ARMS, GATED
 
 Plots = dict[str, tuple[str, bytes]]  # name -> (title, PNG)
 
@@ -57,7 +57,7 @@ def write(out: Path) -> None:
 def draw(logs: Logs, summary: Summary) -> Plots:
     """The plots that there is something to draw in."""
     configs = {arm: TrainConfig(**summary["config"][arm]) for arm in logs}
-    gates = {arm: (c.score.threshold, SCORED.get(c.gate, "gate/energy"))
+    gates = {arm: (c.score.threshold, ARMS[c.gate].scored)
              for arm, c in configs.items() if c.gate in GATED}  # fmt: skip
     drawn = {
         "learning": draw_learning(logs),

@@ -25,6 +25,8 @@ class Arm:
     lm_head's gradient, or (gate="off") one that never shuts. Other arms override a method each.
     """
 
+    scored = "gate/energy"  # what, of a row of metrics.jsonl, the gate scores
+
     def __init__(
         self, config: TrainConfig, policy: Policy, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -85,8 +87,10 @@ class GainGate(Arm):
     a signal that costs a forward.
     """
 
+    scored = "loss"
+
     def foresee(self, seen: dict[str, Tensor]) -> None:
-        self.gate.foresee(seen["loss"])
+        self.gate.foresee(seen[self.scored])
 
 
 class LogRatioGate(Arm):
@@ -95,8 +99,10 @@ class LogRatioGate(Arm):
     Fed with minus the mean log-ratio of the tokens of negative advantage.
     """
 
+    scored = "log_ratio/negative"
+
     def foresee(self, seen: dict[str, Tensor]) -> None:
-        self.gate.foresee(-seen["log_ratio/negative"])
+        self.gate.foresee(-seen[self.scored])
 
 
 class KLStop(Arm):
@@ -113,11 +119,11 @@ class Chi2Stop(Arm):
         self.gate.foresee(within(self.config.chi2_stop, seen["gate/chi2"], 0.0))
 
 
-class GainKLGate(Arm):
+class GainKLGate(GainGate):
     """The gain gate, and a KL stop beside it: until its window is full, and where no clip is."""
 
     def foresee(self, seen: dict[str, Tensor]) -> None:
-        self.gate.foresee(within(self.config.kl_stop, seen["kl"], seen["loss"]))
+        self.gate.foresee(within(self.config.kl_stop, seen["kl"], seen[self.scored]))
 
 
 class RandomStop(Arm):
@@ -233,8 +239,6 @@ ARMS: dict[str, type[Arm]] = {
     "skip_step": SkipStep,
     "zclip": ZClip,
 }
-# What, of a row of metrics.jsonl, an arm's gate scores; the others', gate/energy.
-SCORED = {"gain": "loss", "gain_kl": "loss", "log_ratio": "log_ratio/negative"}
 # Arms whose z-score decides.
 GATED = ("dgg", "gain", "gain_kl", "log_ratio", "global_norm", "middle_norm")
 

@@ -480,7 +480,7 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Gpu]:
         for function, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(torch.cuda, function, stand_in))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
-        stack.enter_context(mock.patch.object(gate, "_built_for_cuda", lambda: True))
+        stack.enter_context(mock.patch.object(gate, "gate_devices", lambda: ("cpu", "cuda")))
         stack.enter_context(mock.patch.object(torch._C, group, _grouped(getattr(torch._C, group))))
         if interpreting():
             run = lambda kernel, *args, **options: gpu.interpret(kernel, *args, **options)  # noqa: E731

@@ -26,7 +26,7 @@ ARROWS = {
     "cross_entropy": {"lm_head"},
     "distributed": {"lm_head"},
     "gate": {"_library", "optim"},
-    "info": {"__init__", "_library", "lm_head"},
+    "info": {"__init__", "_library", "gate", "lm_head"},
     "replay_log": {"__init__", "gate"},
     "__init__": {"_library", "cross_entropy", "gate", "lm_head", "optim"},
 }

@@ -226,7 +226,7 @@ def test_a_gate_follows_its_weight_to_where_it_is_attached(gpu, monkeypatch):
     optimizer.step()
     assert gate.applied_updates(wait=True) == 1
     assert not before.cpu().equal(head.weight.detach().cpu())
-    monkeypatch.setattr(gate_module, "_built_for_cuda", lambda: False)
+    monkeypatch.setattr(gate_module, "gate_devices", lambda: ("cpu",))
     with pytest.raises(RuntimeError, match="weight: expected one on a device that the gate has op"):
         GradientGate(GateConfig(), head.weight)
 

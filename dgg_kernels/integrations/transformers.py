@@ -257,19 +257,19 @@ class DGGCallback(TrainerCallback, ExportableState):
                 "restore_callback_states_from_checkpoint: expected False with DGGCallback, which "
                 "restores its gate in any case, got True"
             )
+        optimizer = kwargs["optimizer"]
+        if self.host_gate and optimizer.scaler is not None:
+            # Accelerate calls the step that it found when it wrapped the optimizer.
+            raise ValueError("fp16: expected no loss scaler with host_gate=True: it would step "
+                             "past the gate; bf16 needs none")  # fmt: skip
         # Without a checkpoint this is the gate's own state, as the train() that begins found it.
         kept = state.stateful_callbacks.get(type(self).__name__)
         if kept is not None:  # the checkpoint may be of a run without a gate
             saved = kept["attributes"]
             values = torch.tensor(saved["state"], dtype=torch.float64)
             self.gate.load_state_dict({**saved, "state": values})
-        if self.host_gate and kwargs["optimizer"].scaler is not None:
-            # Accelerate calls the step that it found when it wrapped the optimizer.
-            raise ValueError("fp16: expected no loss scaler with host_gate=True: it would step "
-                             "past the gate; bf16 needs none")  # fmt: skip
         self.gate.detach()  # what a train() that raised has left
         self._max_grad_norm, args.max_grad_norm = args.max_grad_norm or self._max_grad_norm, 0.0
-        optimizer = kwargs["optimizer"]
         self.gate.attach(
             optimizer,
             self._max_grad_norm or None,
