@@ -44,6 +44,8 @@ class PlatformCPU(PlatformCUDA):
         empty_cache=lambda: None,
         get_device_name=lambda: "CPU",
         mem_get_info=lambda: (0, 0),
+        get_rng_state=torch.get_rng_state,
+        set_rng_state=torch.set_rng_state,
         **dict.fromkeys(
             ["memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"],
             lambda: 0,
@@ -103,6 +105,7 @@ V, D = 40, 16
 NEVER = {"threshold": math.inf, "window": 4}
 EAGER = {"threshold": 0.0, "window": 4}  # acts after four increments; shuts every second time
 GAIN = {**EAGER, "energy": "loss"}
+AT_ONCE = {"use_no_sync_for_gradient_accumulation": False}  # the default of verl's command line
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 ENVIRONMENT = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"} | dict.fromkeys(
     ["RANK", "LOCAL_RANK"], "0"
@@ -515,8 +518,9 @@ def test_configuration_in_verls_style(paths):
         DGGEngineConfig(gate={"treshold": 0.5})
 
 
-def test_what_is_not_covered_is_refused(paths):
-    """FSDP1, CPUOffloadPolicy, fp16 and an optimizer that cannot skip are refused by name."""
+def test_what_is_not_covered_is_refused(paths, monkeypatch):
+    """FSDP1, CPUOffloadPolicy, fp16, an optimizer that cannot skip, and an engine that would not \
+read the gate's settings, are refused by name."""
     for options in ({"strategy": "fsdp"}, {"offload_policy": True},
                     {"mixed_precision": {"param_dtype": "fp16"}}):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(options))):
@@ -525,12 +529,18 @@ def test_what_is_not_covered_is_refused(paths):
     with pytest.raises(TypeError, match=r"override_optimizer_config=\{fused: true\}"):
         run.train([0])
     assert Run(paths[False], None, optimizer={}).train([0])[0]["loss"]  # without a gate: any
+    monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")
+    monkeypatch.setenv("VERL_ENGINE_VENDOR", "unknown")
+    with pytest.raises(ValueError, match=r"strategy: expected 'fsdp2'.* FSDPEngineWithLMHead"):
+        Run(paths[False])
+    with pytest.raises(ValueError, match="'fsdp_turbo', for FSDPTurboEngineWithLMHead"):
+        Run(paths[False], strategy="fsdp_turbo")
 
 
 def test_two_processes_decide_alike(paths, stock, tmp_path):
     """Two processes (FSDP2, gloo): one process's decisions and weights, tied and untied, with \
-and without the fused head, on the loss, sharded or replicated (`fsdp_size`); a vocabulary in two \
-parts."""
+and without the fused head, on the loss, sharded or replicated (`fsdp_size`), micro-batches reduced \
+at once or together; a vocabulary in two parts."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     folders = [str(paths[True]), str(paths[False])]
     done = subprocess.run(
@@ -539,8 +549,8 @@ parts."""
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for tied, gate, cases in (
-        (True, EAGER, ["tied head"]),
-        (False, EAGER, ["untied head", "untied replicated"]),
+        (True, EAGER, ["tied head", "tied head, reduced at once"]),
+        (False, EAGER, ["untied head", "untied replicated", "untied head, reduced at once"]),
         (False, GAIN, ["untied head, loss"]),
     ):
         Qwen2ForCausalLM.forward = OWN_FORWARD
@@ -580,9 +590,11 @@ def on_one_of_two(tied_path, untied_path, folder):
         ("untied head", untied_path, EAGER, {"fused": True}),
         ("untied head, loss", untied_path, GAIN, {"fused": True}),
         ("untied replicated", untied_path, EAGER, {"fsdp_size": 1}),
+        ("untied head, reduced at once", untied_path, EAGER, {"fused": True, **AT_ONCE}),
+        ("tied head, reduced at once", tied_path, EAGER, {"fused": True, **AT_ONCE}),
     ):
         Qwen2ForCausalLM.forward = OWN_FORWARD
-        run = Run(path, gate, micro=4, **options)
+        run = Run(path, gate, micro=2, **options)
         logs = run.train(range(6))
         kept[case] = {
             "shut": [[float(x) for x in log["gate/shut"]] for log in logs],

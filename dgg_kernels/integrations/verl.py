@@ -287,7 +287,22 @@ _dispatched = register(make_nd_compute_dataproto_dispatch_fn(mesh_name="train"),
 
 
 class DGGTrainingWorker(TrainingWorker):
-    """verl's TrainingWorker, which leaves out what is planned for a batch after its gate shut."""
+    """verl's TrainingWorker, which leaves out what is planned for a batch after its gate shut.
+
+    Raises:
+        ValueError: a DGGEngineConfig, but an engine that would not read it (strategy=fsdp_turbo).
+    """
+
+    def __init__(self, config: Any) -> None:
+        settings = config.engine_config
+        if isinstance(settings, DGGEngineConfig):
+            engine = EngineRegistry.get_engine_cls(config.model_type, settings.strategy)
+            if not issubclass(engine, DGGEngine):
+                raise ValueError(
+                    "strategy: expected 'fsdp2' with DGGEngineConfig, for DGGEngine; got "
+                    f"{settings.strategy!r}, for {engine.__name__}, which has no gate"
+                )
+        super().__init__(config)
 
     @_dispatched
     def train_mini_batch(self, data: Any) -> Any:
