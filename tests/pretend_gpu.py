@@ -479,6 +479,10 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Gpu]:
     with ExitStack() as stack:
         for function, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(torch.cuda, function, stand_in))
+        # Asked by the optimizers of torch 2.15.
+        stream = SimpleNamespace(is_capturing=lambda: gpu.graph is not None)
+        patch_stream = mock.patch.object(torch.accelerator, "current_stream", lambda *_: stream)
+        stack.enter_context(patch_stream)
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         stack.enter_context(mock.patch.object(gate, "gate_devices", lambda: ("cpu", "cuda")))
         stack.enter_context(mock.patch.object(torch._C, group, _grouped(getattr(torch._C, group))))

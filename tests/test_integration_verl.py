@@ -539,8 +539,8 @@ read the gate's settings, are refused by name."""
 
 def test_two_processes_decide_alike(paths, stock, tmp_path):
     """Two processes (FSDP2, gloo): one process's decisions and weights, tied and untied, with \
-and without the fused head, on the loss, sharded or replicated (`fsdp_size`), micro-batches reduced \
-at once or together; a vocabulary in two parts."""
+and without the fused head, on the loss, sharded or replicated (`fsdp_size`), micro-batches \
+reduced at once or together; a vocabulary in two parts."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     folders = [str(paths[True]), str(paths[False])]
     done = subprocess.run(
