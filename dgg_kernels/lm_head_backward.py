@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import FUSED
 from .lm_head_forward import (
     Entries,
     Head,
@@ -439,7 +440,7 @@ def exact_pass(
                 dw, scale, w if out.weight is None else out.weight[chunk],
                 None if out.row_sq is None else out.row_sq[chunk], D,
                 BLOCK_D=min(1024, triton.next_power_of_2(D)),
-                STORE=out.weight is not None, SQUARES=out.row_sq is not None,
+                STORE=out.weight is not None, SQUARES=out.row_sq is not None, **FUSED,
             )  # fmt: skip
     if sums is not None and out.hidden is not None:
         out.hidden[blocks[0][0]] = sums.mul_(scale).to(out.hidden.dtype)

@@ -386,7 +386,7 @@ class Head:
             "BLOCK_N": t.block_n, "BLOCK_V": t.block_v, "BLOCK_D": t.block_d,
             "GROUP": t.group, "PARTS": t.parts,
             "EVEN_D": x.shape[1] % t.block_d == 0,
-            "num_warps": t.num_warps, "num_stages": t.num_stages,
+            "num_warps": t.num_warps, "num_stages": t.num_stages, **configs.FUSED,
         }  # fmt: skip
         aligned = all(
             m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 for m in (x, w)
@@ -437,7 +437,7 @@ def gather_rows(head: Head, x: Tensor, rows: Tensor, count: Tensor) -> Tensor:
     block_n = head.config.bits.rows
     gather_rows_kernel[(triton.cdiv(M, block_n),)](
         x, out, rows, count, D, x.stride(0),
-        BLOCK_N=block_n, BLOCK_D=min(2048, triton.next_power_of_2(D)),
+        BLOCK_N=block_n, BLOCK_D=min(2048, triton.next_power_of_2(D)), **configs.FUSED,
     )  # fmt: skip
     return out
 
@@ -574,6 +574,7 @@ def bits_launch(head: Head, bits: Tensor) -> tuple[tuple[int], dict[str, int]]:
     config = head.config.bits
     block_w = min(config.words, int(triton.next_power_of_2(bits.shape[1])))
     options = {"BLOCK_N": config.rows, "BLOCK_W": block_w, "num_warps": config.num_warps}
+    options |= configs.FUSED
     return (int(triton.cdiv(bits.shape[0], config.rows)),), options
 
 
@@ -597,7 +598,7 @@ def combine(
 ) -> None:
     """Runs `combine_kernel`."""
     _, tiles, M = stats.shape
-    options = {"BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 8}
+    options = {"BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 8, **configs.FUSED}
     combine_kernel[(triton.cdiv(M, 32),)](
         stats, target_logit, count, place, rows, *outputs, M, tiles, **options
     )

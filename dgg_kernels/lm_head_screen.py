@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import FUSED
 from .lm_head_forward import (
     Entries,
     Head,
@@ -291,7 +292,7 @@ def quantize_rows_into(x: Tensor, to: Codes, unchanged: Tensor | None = None) ->
         quantize_kernel[(R,)](
             x, *to, unchanged, D, x.stride(0), LARGEST[to.codes.dtype],
             BLOCK_D=min(4096, triton.next_power_of_2(D)), INT8=to.codes.dtype == torch.int8,
-            ASK=unchanged is not None,
+            ASK=unchanged is not None, **FUSED,
         )  # fmt: skip
 
 

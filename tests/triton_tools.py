@@ -17,6 +17,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dgg_kernels.configs import FUSED
+
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
 
@@ -166,7 +168,7 @@ def compile_kernel(kernel, architecture, signature, constants, num_warps, num_st
     else:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, **FUSED}
     return triton.compile(source, target=target, options=options)
 
 
