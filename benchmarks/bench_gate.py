@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dgg_kernels import GateConfig, GradientGate, linear_logprob
 from . import common
 from .rows import Rows, real_rows
 
+WINDOW = 32
 LOOPS = ("no gate", "GradientGate", "host gate, .item()")
 
 
@@ -36,16 +38,21 @@ def loop(kind: str, rows: Rows, device: torch.device) -> Callable[[], common.Pha
     hidden = rows.hidden.clone().requires_grad_()
     weight = torch.nn.Parameter(rows.weight.clone())
     optimizer = torch.optim.AdamW([weight], lr=1e-6, fused=True)
-    gate = GradientGate(GateConfig(threshold=1e9), weight) if kind == "GradientGate" else None
-    if gate is not None:
+    # One batch, used without end, behind a window that is full: every update is scored.
+    earlier = [1.0 + i % 7 for i in range(WINDOW + 1)]
+    gate = None
+    if kind == "GradientGate":
+        gate = GradientGate(GateConfig(threshold=1e9, window=WINDOW, max_reuse=10**6), weight)
         gate.attach(optimizer)
-    window: deque[float] = deque(maxlen=32)
-    state: dict[str, Any] = {}
+        gate.new_batch()
+        for energy in earlier:
+            gate.decide(torch.tensor(energy, device=device))
+            optimizer.step()  # of no gradient
+    window = deque((b - a for a, b in pairwise(earlier)), maxlen=WINDOW)
+    state: dict[str, Any] = {"energy": earlier[-1]}
 
     def forward() -> None:
         hidden.grad = weight.grad = None
-        if gate is not None:
-            gate.new_batch()
         state["loss"] = -linear_logprob(hidden, weight, rows.target, gate=gate).logp.mean()
 
     def decide() -> None:
@@ -54,10 +61,11 @@ def loop(kind: str, rows: Rows, device: torch.device) -> Callable[[], common.Pha
             gate.decide()
         elif kind.startswith("host"):
             energy = torch.linalg.vector_norm(weight.grad).item()
-            if len(window) == window.maxlen:
-                spread = statistics.pstdev(window)
-                state["step"] = energy - statistics.mean(window) <= 1e9 * spread
-            window.append(energy)
+            increment, state["energy"] = energy - state["energy"], energy
+            z = (increment - statistics.fmean(window)) / statistics.pstdev(window)
+            state["step"] = z <= 1e9
+            if state["step"]:
+                window.append(increment)
 
     def step() -> None:
         if state["step"]:
