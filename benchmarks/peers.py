@@ -1,4 +1,7 @@
-"""Per-token log-probs of a language-model head, each implementation at its best setting.
+"""Per-token log-probs of a language-model head, each implementation as its authors set it up.
+
+Where a setting decides the time, more than one is here: chunks of two sizes, each of CCE's
+implementations. Nothing was searched for beyond that (of torch.compile its default mode alone).
 
 A peer is a function (hidden [N, D], weight [V, D], target [N]) -> logp [N] that autograd can go
 back through; one that knows Gemma's softcap takes it as an argument. `available(device)` lists
@@ -53,10 +56,15 @@ def _eager_16_bit_logits(
 torch_compiled: Peer = torch.compile(torch_eager)
 
 
-def torch_chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """torch >= 2.13."""
-    options = torch.nn.LinearCrossEntropyOptions()
-    return -F.linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
+def _torch_chunked(rows: int | None) -> Peer:
+    """torch >= 2.13; None: chunks as torch chooses them, for memory's sake."""
+
+    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        chunks: dict[str, Any] = {"chunking_method": None, "batch_chunk_size": rows}
+        options = torch.nn.LinearCrossEntropyOptions(**chunks if rows else {})
+        return -F.linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
+
+    return function
 
 
 def _trl(chunk: int) -> Peer:
@@ -128,7 +136,8 @@ PEERS: dict[str, tuple[Peer, str, tuple[str, ...]]] = {
     "torch eager": (torch_eager, "torch", ("cpu", "cuda")),
     "torch eager, 16-bit logits": (_eager_16_bit_logits, "torch", ("cuda",)),
     "torch.compile": (torch_compiled, "torch", ("cpu", "cuda")),
-    "torch linear_cross_entropy": (torch_chunked, "torch", ("cpu", "cuda")),
+    "torch linear_cross_entropy": (_torch_chunked(None), "torch", ("cpu", "cuda")),
+    "torch linear_cross_entropy, 512 rows": (_torch_chunked(512), "torch", ("cpu", "cuda")),
     "TRL chunked head, 8192": (_trl(8192), "trl.kernels.chunked_logprob", ("cpu", "cuda")),
     "TRL chunked head, 32768": (_trl(32768), "trl.kernels.chunked_logprob", ("cpu", "cuda")),
     "Liger scaled cross-entropy": (
@@ -154,7 +163,8 @@ def available(device: str, softcap: float | None = None) -> tuple[dict[str, Peer
         except Exception as error:  # a broken peer must not break the benchmark
             missing[name] = reason(error)
             continue
-        if function is torch_chunked and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        chunked = name.startswith("torch linear_cross_entropy")
+        if chunked and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             missing[name] = f"needs torch >= 2.13, this is {torch.__version__}"
         elif softcap is not None and "softcap" not in inspect.signature(function).parameters:
             missing[name] = "has no softcap"

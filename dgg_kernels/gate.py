@@ -515,6 +515,12 @@ class GradientGate:
 
     # -- checkpoint -------------------------------------------------------------------------------
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "GradientGate: expected not to be copied or pickled, as a backward finds it by number: "
+            "build another for the other weight, and hand over state_dict()"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Configuration and state, on the CPU: window, references, counters, latch."""
         return {"config": asdict(self.config), "state": self._state.cpu().clone()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -52,25 +53,29 @@ def attach_optimizer(
     the optimizer's step is not called when that says so, whatever it is.
     """
     optimizer = _inner(optimizer)
-    name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    name = _name(optimizer)
     if getattr(optimizer, "_dgg_attached", False):
         raise ValueError(f"optimizer: {name} is attached to a gate already: detach that one first")
     attached = AttachedOptimizer(optimizer, on_host=shut_on_host is not None)
     if shut_on_host is not None:
         _skip_on_host(attached, grad_scale, steps, shut_on_host)
     else:
-        _check_can_skip(optimizer, name)
+        _check_can_skip(optimizer)
         _skip_on_device(attached, found_inf, grad_scale, steps)
     optimizer._dgg_attached = True  # pyright: ignore[reportAttributeAccessIssue]
     attached.on_release(lambda: delattr(optimizer, "_dgg_attached"))
     return attached
 
 
-def _check_can_skip(optimizer: Optimizer, name: str) -> None:
+def _check_can_skip(optimizer: Optimizer) -> None:
+    name = _name(optimizer)
     if not isinstance(optimizer, _CAN_SKIP):
         raise TypeError(f"optimizer: {name} cannot skip a step on the device; {_REMEDY}")
     if not all(group.get("fused") for group in optimizer.param_groups):
-        raise TypeError(f"optimizer: {name} was built without fused=True; {_REMEDY}")
+        raise TypeError(
+            f"optimizer: {name} was built without fused=True, or has loaded the state of one that "
+            f"was; {_REMEDY}"
+        )
     _create_momentum(optimizer)
 
 
@@ -81,7 +86,7 @@ def _skip_on_device(
     steps: Callable[[], None],
 ) -> None:
     def before(optimizer: Any, *_: Any) -> None:
-        _create_momentum(optimizer)  # load_state_dict may have taken them away again
+        _check_can_skip(optimizer)  # load_state_dict may have changed it
         # Set at every step: a GradScaler puts its own here and deletes both afterwards.
         theirs = getattr(optimizer, "found_inf", None)
         scale = getattr(optimizer, "grad_scale", None)
@@ -114,9 +119,12 @@ def _skip_on_host(
     optimizer = attached.optimizer
     step = optimizer.step
     wrapped = "step" in vars(optimizer)  # by a learning-rate schedule
+    released = False
 
     @wraps(step)  # with what a schedule marks its own wrapper by
-    def gated_step(*args: Any, **kwargs: Any) -> Any:
+    def gated_step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if released:  # and kept by a schedule that was built since
+            return step(*args, **kwargs)
         steps()
         if shut():
             return None
@@ -126,9 +134,14 @@ def _skip_on_host(
             torch._foreach_div_(grads, grad_scale)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
         return step(*args, **kwargs)
 
-    optimizer.step = gated_step  # type: ignore[method-assign]
+    # A bound method, as a schedule that wraps it in its turn wants it.
+    ours = optimizer.step = MethodType(gated_step, optimizer)  # type: ignore[method-assign]
 
     def release() -> None:
+        nonlocal released
+        released = True
+        if vars(optimizer)["step"] is not ours:
+            return
         if wrapped:
             optimizer.step = step  # type: ignore[method-assign]
         else:
@@ -142,8 +155,8 @@ class GatedScheduler:
 
     Call `step()` after `optimizer.step()`, as the scheduler's own. The number of applied updates is
     what the host knows of it (`GradientGate.applied_updates`): on one GPU the schedule may follow
-    late, but it never counts a skipped update. Gate and schedule may be restored from a checkpoint
-    before or after this is built.
+    late, but it never counts a skipped update. Restore gate and schedule from a checkpoint before
+    this is built; or after it, if the schedule has counted from the gate's first update on.
 
     Raises:
         TypeError: the schedule does not count its steps (`last_epoch`).
@@ -161,6 +174,10 @@ class GatedScheduler:
         """Advance the schedule by the updates that were applied since the last call."""
         for _ in range(self._applied_updates() + self._ahead - self.scheduler.last_epoch):
             self.scheduler.step()
+
+
+def _name(optimizer: Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import pickle
 import warnings
 from collections import deque
 from functools import reduce
@@ -837,6 +838,44 @@ def test_host_gate_takes_any_optimizer_and_detach_gives_it_back():
     gate.decide(energy=torch.tensor(math.nan))
     optimizer.step()
     assert not torch.equal(before, weight)
+
+
+def test_a_schedule_built_after_host_gate_and_kept_after_detach():
+    weight = torch.nn.Parameter(torch.ones(5, 3))
+    optimizer = torch.optim.RMSprop([weight], lr=0.1)
+    gate = GradientGate(GateConfig(), weight)
+    gate.attach(optimizer, host_gate=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5**n)
+    weight.grad = torch.ones(5, 3)
+    gate.new_batch()
+    gate.decide(energy=torch.tensor(math.nan))
+    optimizer.step()
+    assert weight.eq(1.0).all()
+    gate.detach()
+    optimizer.step()
+    schedule.step()
+    assert weight.lt(1.0).all() and optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_an_optimizer_that_has_loaded_another_kind_is_refused_by_name():
+    weight = torch.nn.Parameter(torch.ones(5, 3))
+    fused, plain = (torch.optim.Adam([weight], fused=fused) for fused in (True, False))
+    gate = GradientGate(GateConfig(), weight)
+    gate.attach(fused)
+    fused.load_state_dict(plain.state_dict())
+    weight.grad = torch.ones(5, 3)
+    gate.new_batch()
+    gate.decide(energy=torch.tensor(1.0))
+    with pytest.raises(TypeError, match="Adam was built without fused=True, or has loaded the st"):
+        fused.step()
+    assert weight.eq(1.0).all()
+
+
+def test_a_gate_is_not_copied():
+    gate = GradientGate(GateConfig(), torch.ones(5, 3))
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="GradientGate: expected not to be copied or pickled"):
+            copied(gate)
 
 
 def test_several_optimizers_and_groups_share_one_norm_and_one_flag():

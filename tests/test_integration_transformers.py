@@ -364,8 +364,13 @@ def test_trainer_can_go_on_after_a_train_that_raised(tmp_path):
     made.add_callback(raises)
     with pytest.raises(KeyboardInterrupt):
         made.train()
-    assert made.args.max_grad_norm == 0.0
+    assert made.args.max_grad_norm == 0.5
     made.remove_callback(raises)
+    hook = made.model.model.register_forward_hook(lambda *_: 1 / 0)  # in the midst of an update
+    with pytest.raises(ZeroDivisionError):
+        made.train()
+    hook.remove()
+    assert made.args.max_grad_norm == 0.0
     made.train()
     assert made.args.max_grad_norm == 0.5 and rows(made)[0]["grad_norm"] > 0.5
 
@@ -373,7 +378,7 @@ def test_trainer_can_go_on_after_a_train_that_raised(tmp_path):
 def test_a_loss_scaler_that_would_step_past_the_gate_is_refused():
     model = build("Llama")
     callback = DGGCallback(GradientGate(GateConfig(), model.lm_head.weight), host_gate=True)
-    args = SimpleNamespace(restore_callback_states_from_checkpoint=False, max_grad_norm=1.0)
+    args = transformers.TrainingArguments(use_cpu=True)
     scaled = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match="fp16: expected no loss scaler with host_gate=True"):
         callback.on_train_begin(

@@ -51,6 +51,7 @@ class Run:
         trainer=trl.GRPOTrainer,
         peft_config=None,
         own=None,
+        own_model=None,
         letters="abcdefghijklmnopqrstuvwx",
         **options,
     ):
@@ -70,9 +71,9 @@ class Run:
         prompts = InMemoryTable.from_pydict({"prompt": list(letters)})
         self.prompts = []
         self.trainer = trainer(
-            str(path), self.reward, args=args, train_dataset=Dataset(prompts, fingerprint="p"),
-            eval_dataset=Dataset(prompts.slice(0, 2), fingerprint="e"), peft_config=peft_config,
-            **(own or {}),
+            own_model or str(path), self.reward, args=args, peft_config=peft_config,
+            train_dataset=Dataset(prompts, fingerprint="p"),
+            eval_dataset=Dataset(prompts.slice(0, 2), fingerprint="e"), **(own or {}),
         )  # fmt: skip
 
     def reward(self, prompts, completions, **_):
@@ -148,6 +149,28 @@ def test_with_trls_other_options_too(tied, options, paths, tmp_path):
     ours = gated(paths[tied], tmp_path, NEVER, **options).train()
     assert_same_run(stock, ours)
     assert all(row["gate/energy"] >= 0 and row["gate/shut"] == 0 for row in ours.rows)
+
+
+def test_a_reference_under_autocast(paths, tmp_path):
+    """Mixed precision, TRL's default, with a reference: it computes as the policy does."""
+    options = {"max_steps": 5, "beta": 0.1, "bf16": True}
+    stock = Run(paths[True], tmp_path, **options).train()
+    ours = gated(paths[True], tmp_path, NEVER, **options).train()
+    assert ours.rows[0]["kl"] == 0.0 < ours.rows[-1]["kl"]  # the same bits, then other weights
+    for mine, theirs in zip(ours.rows, stock.rows, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-2)
+    again = gated(paths[True], tmp_path, NEVER, own_model=ours.trainer.model, **options)
+    again.train()  # a model that an earlier trainer has wrapped
+
+
+def test_labels_alone_mean_what_they_did(paths, tmp_path):
+    """A forward with labels is the model's own, with logits, unless TRL asks for log-probs."""
+    stock, ours = (made(paths[False], tmp_path).trainer.model for made in (Run, gated))
+    tokens = torch.arange(2, 10)[None]
+    expected = stock(input_ids=tokens, labels=tokens, num_items_in_batch=3)
+    for asked in ({}, {"fused_lm_head": False}):
+        got = ours(input_ids=tokens, labels=tokens, num_items_in_batch=3, **asked)
+        assert got.logits.equal(expected.logits) and got.loss.equal(expected.loss)
 
 
 def shut_of(run):
@@ -256,6 +279,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(gate, paths, tmp_path):
         assert all("lse" in rollouts for rollouts in kept["rollouts"])
         resumed = gated(paths[False], tmp_path / f"from{step}", gate, **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        args = torch.load(tmp_path / f"checkpoint-{step}" / "training_args.bin", weights_only=False)
+        assert args.max_grad_norm == resumed.trainer.args.max_grad_norm == 0.1
         energies = [[r["gate/energy"] for r in run.rows] for run in (resumed, whole)]
         assert energies[0] == pytest.approx(energies[1], rel=0, abs=0, nan_ok=True)
         assert [r["loss"] for r in resumed.rows] == [r["loss"] for r in whole.rows]
@@ -307,6 +332,39 @@ def test_a_checkpoint_of_another_trainer_is_refused(paths, tmp_path):
     ours = gated(paths[False], tmp_path, **options)
     with pytest.raises(ValueError, match=r"checkpoint: expected one of DGGTrainer, .* is missing"):
         ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_resume_with_other_settings_is_refused(paths, tmp_path, monkeypatch):
+    """A resume with another number of uses, batch size or number of parts is refused by name."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    gated(paths[False], tmp_path, **options).train()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    for changed, name in (
+        ({"num_iterations": 2}, "num_iterations: expected 4"),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size: expected 8"),
+        ({"gradient_accumulation_steps": 2}, "steps_per_generation: expected 1"),
+    ):
+        other = gated(paths[False], tmp_path / "other", **{**options, **changed})
+        with pytest.raises(ValueError, match=f"{name}, as in the checkpoint, got"):
+            other.train(resume_from_checkpoint=checkpoint)
+    other = gated(paths[False], tmp_path / "other", replace(EAGER, window=5), max_steps=2)
+    with pytest.raises(ValueError, match="window"):
+        other.train(resume_from_checkpoint=checkpoint)
+    other.train()  # with rollouts of its own
+    assert [row["gate/reuse"] for row in other.rows] == [1, 2]
+    # With save_only_model nothing else makes the folder of a rank other than 0.
+    monkeypatch.setattr(trl.GRPOTrainer, "_save_checkpoint", lambda *_: None)
+    other.trainer.state.global_step = 77
+    other.trainer._save_checkpoint(None, None)
+    assert (tmp_path / "other" / "checkpoint-77" / "dgg_rollouts_0.pt").is_file()
+
+
+def test_what_raises_leaves_the_arguments_as_they_were(paths, tmp_path, monkeypatch):
+    run = gated(paths[False], tmp_path)
+    monkeypatch.setattr(run.trainer, "compute_loss", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    assert run.trainer.args.max_grad_norm == 0.1
 
 
 def test_lora_the_gate_sees_the_frozen_head(paths, tmp_path):
@@ -368,6 +426,10 @@ def test_what_is_not_covered_is_refused(paths, tmp_path):
     with pytest.raises(ValueError, match="steps_per_generation: expected a multiple of grad"):
         gated(paths[False], tmp_path, gradient_accumulation_steps=2, steps_per_generation=3,
               per_device_train_batch_size=4)  # fmt: skip
+    with pytest.raises(ValueError, match="enable_jit_checkpoint: expected False"):
+        gated(paths[False], tmp_path, enable_jit_checkpoint=True).train()
+    with pytest.warns(UserWarning, match="num_iterations: 1, TRL's default, uses each rollout"):
+        gated(paths[False], tmp_path, num_iterations=1)
 
 
 @pytest.fixture(scope="module")

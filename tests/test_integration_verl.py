@@ -426,6 +426,8 @@ is refused."""
         run.worker.train_mini_batch(data)
     with pytest.raises(ValueError, match="epochs, mini_batches: expected"):
         run.train([1], mini=4)
+    with pytest.warns(UserWarning, match="ppo_epochs: 1, verl's default, uses each rollout once"):
+        Run(paths[False], EAGER).train([0], epochs=1)
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied(paths):

@@ -148,10 +148,10 @@ def head_norms(rows: list[dict[str, Any]]) -> list[list[float]]:
 def times_table(runs: Runs) -> Iterator[str]:
     """Seconds as measured, beside what the model of `speedup` makes of them."""
     yield (
-        "| arm | s sampling a batch | s updating | times sooner to the goal, measured "
-        "| modelled at single use's own share |"
+        "| arm | seeds | s sampling a batch | s updating | times sooner to the goal, measured: "
+        "median (lowest to highest) | modelled at single use's own share |"
     )
-    yield "|---" * 5 + "|"
+    yield "|---" * 6 + "|"
     for arm, of in runs.items():
         rows = []
         for seed, run in of.items():
@@ -163,8 +163,10 @@ def times_table(runs: Runs) -> Iterator[str]:
                 spent(single, reached(single, goal)) / spent(run, reached(run, goal)),
                 speedup(run, single, single.seconds["rollout"] / whole),
             ))  # fmt: skip
-        cells = [median(column) for column in zip(*rows, strict=True)]
-        yield f"| {label(arm)} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |"
+        columns = list(zip(*rows, strict=True))
+        cells = [f"{median(column):.2f}" for column in columns]
+        cells[2] += f" ({min(columns[2]):.2f} to {max(columns[2]):.2f})"
+        yield f"| {label(arm)} | {len(of)} | " + " | ".join(cells) + " |"
 
 
 def spent(run: Run, batches: int) -> float:

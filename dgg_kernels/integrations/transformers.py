@@ -91,7 +91,9 @@ def check_logprobs(model: Any, logprobs: Callable[[Tensor], Tensor]) -> None:
     tokens = torch.arange(8, device=weight.device)[None] % weight.shape[0]
     try:
         model.eval()
-        logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        # Not in the autocast that Accelerate has put around it.
+        forward = getattr(model, "_original_forward", model)
+        logits = forward(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
         got = logprobs(tokens)
     finally:
         for module, mode in modes.items():
@@ -152,7 +154,12 @@ class PatchedHead:
 
 
 def patch_lm_head(
-    model: Any, *, temperature: float = 1.0, float32: bool = False, **options: Any
+    model: Any,
+    *,
+    temperature: float = 1.0,
+    float32: bool = False,
+    when_asked: bool = False,
+    **options: Any,
 ) -> PatchedHead:
     """Let `model(..., labels=labels)` return per-token log-probs, without making logits.
 
@@ -164,6 +171,8 @@ def patch_lm_head(
         model: a transformers causal LM, or the PEFT model around one.
         temperature: divides the logits.
         float32: run a float32 head in float32 even under autocast.
+        when_asked: leave calls with labels as they were, too, but those with `fused_lm_head=True`,
+            as TRL's trainers make them.
         options: of `linear_logprob`: grad_eps, screen, gate. The gate sees passes with gradient.
 
     Raises:
@@ -207,12 +216,16 @@ def patch_lm_head(
         *args: Any,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        fused_lm_head: bool = True,  # TRL's word for what labels mean here
+        fused_lm_head: bool = not when_asked,  # TRL's word for what labels mean here
         lse_ref: Tensor | None = None,
         **inputs: Any,
     ) -> Any:
         if labels is None:
             return own_forward(self, *args, **inputs)
+        if not fused_lm_head:
+            if num_items_in_batch is not None:
+                inputs["num_items_in_batch"] = num_items_in_batch
+            return own_forward(self, *args, labels=labels, **inputs)
         out = log_probs(self, labels, lse_ref, temperature, *args, **inputs)
         count = num_items_in_batch
         if count is None:
@@ -243,7 +256,7 @@ class DGGCallback(TrainerCallback, ExportableState):
 
     def __init__(self, gate: GradientGate, *, host_gate: bool = False) -> None:
         self.gate, self.host_gate = gate, host_gate
-        self._max_grad_norm = 0.0  # what the arguments said, while they say 0
+        self._max_grad_norm: float | None = None  # what the arguments said, while they say 0
 
     def state(self) -> dict[str, Any]:
         """What transformers keeps for a callback in trainer_state.json."""
@@ -257,6 +270,9 @@ class DGGCallback(TrainerCallback, ExportableState):
                 "restore_callback_states_from_checkpoint: expected False with DGGCallback, which "
                 "restores its gate in any case, got True"
             )
+        if getattr(args, "enable_jit_checkpoint", False):
+            # It saves between decide() and step(): a refused update would be in the checkpoint.
+            raise ValueError("enable_jit_checkpoint: expected False with DGGCallback, got True")
         optimizer = kwargs["optimizer"]
         if self.host_gate and optimizer.scaler is not None:
             # Accelerate calls the step that it found when it wrapped the optimizer.
@@ -269,17 +285,27 @@ class DGGCallback(TrainerCallback, ExportableState):
             values = torch.tensor(saved["state"], dtype=torch.float64)
             self.gate.load_state_dict({**saved, "state": values})
         self.gate.detach()  # what a train() that raised has left
-        self._max_grad_norm, args.max_grad_norm = args.max_grad_norm or self._max_grad_norm, 0.0
+        self.restore(args)
         self.gate.attach(
             optimizer,
-            self._max_grad_norm or None,
+            args.max_grad_norm or None,
             scaler=optimizer.scaler,
             host_gate=self.host_gate,
         )
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the Trainer not clip, which the optimizer's step does: until it has not done it."""
+        self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decide: the gradient is accumulated, reduced and unscaled."""
+        self.restore(args)
         self.gate.decide()
+
+    def restore(self, args: Any) -> None:
+        """Give the arguments their `max_grad_norm` back, if an update was broken off."""
+        if self._max_grad_norm is not None:
+            args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, None
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell Accelerate of a skipped step, as its loss scaler does: the schedule waits."""
@@ -304,6 +330,5 @@ class DGGCallback(TrainerCallback, ExportableState):
         state.log_history[-1].update(found)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave optimizer and arguments as they were."""
+        """Leave the optimizer as it was."""
         self.gate.detach()
-        args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,13 @@ class DGGTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         config: Any = self.args
         accumulated = config.gradient_accumulation_steps
+        gate = gate or GateConfig()
+        if self.num_iterations == 1 and gate.threshold < math.inf:
+            warnings.warn(
+                "num_iterations: 1, TRL's default, uses each rollout once, which leaves the gate "
+                "nothing to decide (but a gradient that is not finite): expected 2 or more",
+                stacklevel=2,
+            )
         if config.steps_per_generation % accumulated:
             raise ValueError(
                 "steps_per_generation: expected a multiple of gradient_accumulation_steps "
@@ -68,7 +76,7 @@ class DGGTrainer(GRPOTrainer):
         several = accumulated > 1 or self.accelerator.num_processes > 1
         self.gate = GradientGate(
             replace(
-                gate or GateConfig(),
+                gate,
                 max_reuse=self.num_iterations,
                 mini_batches=config.steps_per_generation // accumulated,
                 accumulate=several and (head.tied or not weight.requires_grad),
@@ -78,13 +86,14 @@ class DGGTrainer(GRPOTrainer):
         options: dict[str, Any] = {
             "temperature": self.temperature,
             "float32": config.cast_lm_head_to_fp32,
+            "when_asked": True,
             **(head_options or {}),
         }
         patch_lm_head(self.model, gate=self.gate, **options)
         if self.ref_model is not None:
             patch_lm_head(self.accelerator.unwrap_model(self.ref_model), **options)
-        callback = DGGCallback(self.gate, host_gate=host_gate)
-        self.callback_handler.callbacks.insert(0, callback)  # before those that report
+        self._gate_callback = DGGCallback(self.gate, host_gate=host_gate)
+        self.callback_handler.callbacks.insert(0, self._gate_callback)  # before those that report
         self._loader: Any = None  # of this train(); the next one has its own
         self._saved: dict[str, Any] | None = None  # what a checkpoint has brought
         self._prompts: Any = None  # of the rollouts in use; None when all are used up
@@ -92,6 +101,13 @@ class DGGTrainer(GRPOTrainer):
         self._loss: Any = 0.0  # of this update so far
         self._lse_ref: Any = None  # for the next log-probs
         self._found_lse: list[Any] = []  # of each set of log-probs since it was cleared
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; what it raises leaves the arguments as they were."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._gate_callback.restore(self.args)
 
     def _batches(self, loader: Any) -> Iterator[Any]:
         """Every batch of prompts once, pass after pass. TRL's loader repeats it for each step."""
@@ -119,7 +135,7 @@ class DGGTrainer(GRPOTrainer):
         self._source = self._batches(loader)
         self._step = self._drawn = self._end = 0
         self._buffered_inputs, self._loss = None, 0.0
-        if saved is not None:
+        if saved is not None and self.state.global_step > 0:  # 0: of a resume that was refused
             self._step, self._drawn, self._end = saved["step"], saved["drawn"], saved["end"]
             self._buffered_inputs = saved["rollouts"]
             # A pass that begins draws from torch's generator, which the checkpoint restores.
@@ -164,7 +180,8 @@ class DGGTrainer(GRPOTrainer):
         found = []
 
         def noting(**inputs: Any) -> Any:
-            outputs = model(**inputs, lse_ref=self._lse_ref)
+            with self.accelerator.autocast():  # the patch of a reference lies above Accelerate's
+                outputs = model(**inputs, lse_ref=self._lse_ref)
             found.append(outputs.lse)
             return outputs
 
@@ -200,6 +217,16 @@ class DGGTrainer(GRPOTrainer):
 
     # -- checkpoints hold the rollouts in use, so that a resumed run goes on in their midst
 
+    def _position(self) -> dict[str, int]:
+        """The settings in whose units a place among rollouts is counted."""
+        config: Any = self.args
+        names = ("num_iterations", "steps_per_generation", "gradient_accumulation_steps",
+                 "per_device_train_batch_size", "num_generations")  # fmt: skip
+        return {
+            **{name: getattr(config, name) for name in names},
+            "num_processes": self.accelerator.num_processes,
+        }
+
     def _rollouts_file(self, checkpoint: str | Path) -> Path:
         return Path(checkpoint) / f"dgg_rollouts_{self.accelerator.process_index}.pt"
 
@@ -208,19 +235,29 @@ class DGGTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial))
         saved = {
+            "settings": self._position(),
             "step": self._step,
             "drawn": self._drawn,
             "end": self._end,
             "rollouts": self._buffered_inputs,
         }
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        checkpoint.mkdir(
+            parents=True, exist_ok=True
+        )  # with save_only_model rank 0's alone is there
         torch.save(saved, self._rollouts_file(checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            file = self._rollouts_file(checkpoint)
+            if not file.is_file():
+                raise ValueError(
+                    "checkpoint: expected one of DGGTrainer, of as many processes as now "
+                    f"({self.accelerator.num_processes}): {file} is missing"
+                )
+            saved = torch.load(file, map_location=self.args.device, weights_only=True)
+            for name, now in self._position().items():
+                if (then := saved["settings"][name]) != now:
+                    raise ValueError(f"{name}: expected {then}, as in the checkpoint, got {now}")
+            self._saved = saved
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        file = self._rollouts_file(checkpoint)
-        if not file.is_file():
-            raise ValueError(f"checkpoint: expected one of DGGTrainer, {file} is missing")
-        self._saved = torch.load(file, map_location=self.args.device, weights_only=True)
