@@ -134,7 +134,9 @@ class TrainConfig:
 
     # Model
     model: str = setting("embedded", "embedded, smollm2, or a name or folder of transformers")
-    dtype: str = setting("float32", "one of " + ", ".join(DTYPES))
+    dtype: str = setting(
+        "float32", "what products are in: " + ", ".join(DTYPES) + "; weights and moments are fp32"
+    )
     lora_rank: int = setting(0, "0: all weights are trained")
     gradient_checkpointing: bool = setting(False, "recompute layers in the backward: less memory")
     parallel: str = setting("ddp", "under torchrun: " + ", ".join(PARALLELS))

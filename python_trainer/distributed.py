@@ -96,7 +96,10 @@ def spread(policy: Policy, config: TrainConfig, ranks: Ranks) -> nn.Module:
         mesh = init_device_mesh(torch.device(config.device).type, (ranks.world,))
         options: dict[str, Any] = {"mesh": mesh}
         if config.dtype == "bfloat16":
-            options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+            # Inputs stay as they are: fp32 is the head's estimate of the log-sum-exps alone.
+            options["mp_policy"] = MixedPrecisionPolicy(
+                torch.bfloat16, torch.float32, cast_forward_inputs=False
+            )
         for layer in policy.layers:
             fully_shard(layer, **options)
         root = fully_shard(policy, **options)

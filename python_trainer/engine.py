@@ -53,7 +53,7 @@ class TransformersEngine:
         )  # fmt: skip
         devices = [device] if device.type == "cuda" else []
         model: Any = policy.model
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), policy.autocast():
             torch.manual_seed(seed)
             sampled_BT = model.generate(
                 tokens_BT.to(device), attention_mask=attention_BT.to(device),

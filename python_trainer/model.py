@@ -32,21 +32,32 @@ class Evaluated(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A transformers causal LM and its tokenizer. `forward` never makes logits."""
+    """A transformers causal LM and its tokenizer. `forward` never makes logits.
 
-    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
+    `dtype` is what it computes in. The model has fp32 weights in any case: the steps of RL's
+    learning rates would be lost in 16 bits.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32
+    ) -> None:
         from transformers import GenerationConfig
 
         from dgg_kernels.integrations.transformers import CausalHead
 
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         try:
             self._head = CausalHead(model)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         # `generate` takes from here what it is not told: a penalty, say, that no log-prob knows.
         self._head.model.generation_config = GenerationConfig()
+
+    def autocast(self) -> torch.autocast:
+        """In here its products are of `dtype`."""
+        device = self.head.weight.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.dtype is torch.bfloat16)
 
     @property
     def head(self) -> nn.Linear:
@@ -87,25 +98,26 @@ class Policy(nn.Module):
         for layer in self.layers:
             # Recompute in the backward where there is one. Not train(): dropout stays off.
             layer.training = config.gradient_checkpointing and torch.is_grad_enabled()
-        hidden_BTD = self._head.decoder(
-            input_ids=tokens_BT,
-            attention_mask=attention_BT,
-            position_ids=positions(attention_BT),
-            use_cache=False,
-        ).last_hidden_state
+        with self.autocast():
+            hidden_BTD = self._head.decoder(
+                input_ids=tokens_BT,
+                attention_mask=attention_BT,
+                position_ids=positions(attention_BT),
+                use_cache=False,
+            ).last_hidden_state
+            hidden_BCD = hidden_BTD[:, -width - 1 : -1].to(self.dtype)
+            out = self._head.logprob(
+                hidden_BCD,
+                tokens_BT[:, -width:].masked_fill(~mask_BC, IGNORE),
+                temperature=config.temperature,
+                ignore_index=IGNORE,
+                grad_eps=config.grad_eps,
+                screen=config.screen,
+                lse_ref=lse_ref_BC,
+                gate=gate,
+            )
         for layer in self.layers:
             layer.training = False  # or it would forget all earlier tokens in `generate`
-        hidden_BCD = hidden_BTD[:, -width - 1 : -1]
-        out = self._head.logprob(
-            hidden_BCD,
-            tokens_BT[:, -width:].masked_fill(~mask_BC, IGNORE),
-            temperature=config.temperature,
-            ignore_index=IGNORE,
-            grad_eps=config.grad_eps,
-            screen=config.screen,
-            lse_ref=lse_ref_BC,
-            gate=gate,
-        )
         return Evaluated(out, hidden_BCD)
 
 
@@ -142,8 +154,9 @@ def load_policy(config: TrainConfig, texts: Iterable[str]) -> Policy:
     if config.gradient_checkpointing:
         # Its new name came after transformers 5.17.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    policy = Policy(model.to(config.device, DTYPES[config.dtype]), tokenizer).eval()
-    check_head(policy)
+    policy = Policy(model.to(config.device), tokenizer).eval()
+    check_head(policy)  # in fp32, whatever it computes in
+    policy.dtype = DTYPES[config.dtype]
     return policy
 
 

@@ -35,7 +35,9 @@ def config(parallel: str, gate: str) -> TrainConfig:
 def main(parallel: str, out: str, gate: str, model: str, updates: str = "") -> None:
     """Train; stop after so many updates if told to. All that is left is what `train` writes."""
     settings = config(parallel, gate)
-    if model == "embedded":
+    if model.startswith("embedded"):
+        dtype = "bfloat16" if model.endswith("bfloat16") else "float32"
+        settings = replace(settings, dtype=dtype)
         start = prepare(settings, Echo())
     else:  # one of tiny_models; a pass takes all sequences of a rank
         settings = replace(settings, micro_batch_size=None)

@@ -89,6 +89,17 @@ def test_a_tied_heads_own_gradient_is_scored_by_two_processes_too(parallel, tmp_
     held_to(tmp_path / "b", tmp_path / "a")
 
 
+def test_bfloat16_keeps_weights_in_fp32(alone, tmp_path):
+    expected = next(r for r in read_metrics(alone / "metrics.jsonl") if r["type"] == "update")
+    for processes, parallel in ((1, "ddp"), (2, "fsdp2")):
+        out = tmp_path / parallel
+        run(processes, parallel, out, model="embedded, bfloat16")
+        first = next(r for r in read_metrics(out / "metrics.jsonl") if r["type"] == "update")
+        assert first["gate/energy"] == pytest.approx(expected["gate/energy"], rel=0.2)
+        kept = weights(out)
+        assert (kept != kept.bfloat16()).double().mean() > 0.9
+
+
 def test_a_backward_is_left_out_by_all_processes_or_none(tmp_path):
     """Under DDP, which waits for every gradient that it was told of; and so do collectives."""
     for processes in (1, 2):

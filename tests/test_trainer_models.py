@@ -51,9 +51,8 @@ def test_architectures_train(name, changes, tmp_path):
     model = build(name)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if config.dtype == "bfloat16":
-        model.bfloat16()
-    policy = Policy(model, FittedTokenizer(128))
+    dtype = getattr(torch, config.dtype)
+    policy = Policy(model, FittedTokenizer(128), dtype)
     before = copy.deepcopy(policy.head.weight.detach())
     train(config, WarmStart(Digits(), policy, WarmUp(0, 0.0, True)), tmp_path, Progress())
     assert torch.equal(policy.head.weight, before)  # a copy was trained
@@ -66,6 +65,26 @@ def test_architectures_train(name, changes, tmp_path):
 
 def sampled(policy):
     return TransformersEngine(policy).generate([[4, 5, 6], [7]], [12, 12], 1.0, seed=0)
+
+
+def test_bfloat16_is_what_it_computes_in_and_not_what_it_keeps():
+    exact, rough = (
+        load_policy(replace(TINY, dtype=dtype), ["abc12"]) for dtype in ("float32", "bfloat16")
+    )
+    rough.load_state_dict(exact.state_dict())
+    assert all(p.dtype == torch.float32 for p in rough.parameters())
+    tokens = torch.arange(4, 12)[None]
+    ones = torch.ones_like(tokens)
+    passes = [p(tokens, ones, ones[:, 1:].bool(), TINY) for p in (exact, rough)]
+    difference = (passes[0].out.logp - passes[1].out.logp).abs().max()
+    assert passes[1].hidden_BCD.dtype == torch.bfloat16 and 1e-5 < difference < 0.05
+    passes[1].out.logp.sum().backward()
+    assert rough.head.weight.grad.dtype == torch.float32
+    kinds = []
+    hook = rough.head.register_forward_hook(lambda m, i, logits: kinds.append(logits.dtype))
+    sampled(rough)
+    hook.remove()
+    assert set(kinds) == {torch.bfloat16}
 
 
 def test_sampling_is_the_same_before_and_after_a_pass_with_gradient_checkpointing():

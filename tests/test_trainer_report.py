@@ -242,7 +242,7 @@ def test_arms_without_rows_and_missing_files(make):
         run.update(finished=False, rollouts=0, final_accuracy=None, late_accuracy=None,
                    best_accuracy=None, rollouts_to_single_use_final=None)  # fmt: skip
     assert table(summary)[0] == [
-        "Single use (cut at 0)", "24", "16", "2.00", "-", "-", "-", "never", "12.3"
+        "Single use (cut at 0)", "24", "16", "2.00", "-", "-", "-", "-", "12.3"
     ]  # fmt: skip
     assert verdict(summary) == ["There is no second finished arm to compare with."]
     nothing = {**summary, "runs": [], "config": {}, "warmups": {}}
