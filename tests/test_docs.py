@@ -43,7 +43,8 @@ PAGES = [
 NOT_RUN = {
     ("docs/gate.md", "optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True, "
      "capturable=True)"): "needs a GPU; tests/gpu/test_on_gpu.py captures such an update",
-    ("docs/verl.md", "pip install .  # in a checkout, where the actor's workers run"):
+    ("docs/verl.md", "pip install --no-deps --no-build-isolation .  # in a checkout, where the "
+     "actor's workers run"):
         "verl is not of this environment; tests/test_integration_verl.py builds its keys",
 }  # fmt: skip
 LANGUAGES = {"", "text", "python", "sh", "toml", "diff"}

@@ -20,7 +20,7 @@ ARROWS = {
     "lm_head_chunked": set(),
     "lm_head_forward": {"configs", "lm_head_screen"},  # the latter where a screen is asked for
     "lm_head_backward": {"configs", "lm_head_forward"},
-    "lm_head_screen": {"lm_head_forward", "screen"},
+    "lm_head_screen": {"configs", "lm_head_forward", "screen"},
     "screen": {"lm_head_screen"},  # at its first call
     "lm_head": {"lm_head_chunked", "gate", "screen"},  # and the Triton files, at their first call
     "cross_entropy": {"lm_head"},

@@ -245,6 +245,8 @@ class DGGCallback(TrainerCallback, ExportableState):
     metrics to the logs, and keeps the gate's state in the checkpoints. When a batch of rollouts
     begins and ends is the trainer's to say: `gate.new_batch()`, `gate.is_shut(wait=True)`; and
     where the gate scores the loss, so is `gate.foresee(loss)`, in training and once an update.
+    While an update is computed `args.max_grad_norm` reads 0, and after one that raised until
+    training goes on (`restore(args)`).
 
     Put it before the callbacks that report, which are called in their order:
     `trainer.callback_handler.callbacks.insert(0, DGGCallback(gate))`.
