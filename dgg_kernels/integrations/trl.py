@@ -242,9 +242,8 @@ class DGGTrainer(GRPOTrainer):
             "rollouts": self._buffered_inputs,
         }
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        checkpoint.mkdir(
-            parents=True, exist_ok=True
-        )  # with save_only_model rank 0's alone is there
+        # With save_only_model nobody has made it but rank 0.
+        checkpoint.mkdir(parents=True, exist_ok=True)
         torch.save(saved, self._rollouts_file(checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
