@@ -290,6 +290,7 @@ def test_trainer_with_a_gate_that_never_shuts_is_the_stock_trainer(options, tmp_
     stock.train()
     ours.train()
     assert len(rows(stock)) == len(rows(ours)) >= 12
+    assert not hasattr(ours.optimizer.optimizer, "_dgg_attached")  # it is the Trainer's again
     for theirs, mine in zip(rows(stock), rows(ours), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
