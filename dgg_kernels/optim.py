@@ -53,9 +53,10 @@ def attach_optimizer(
     the optimizer's step is not called when that says so, whatever it is.
     """
     optimizer = _inner(optimizer)
-    name = _name(optimizer)
     if getattr(optimizer, "_dgg_attached", False):
-        raise ValueError(f"optimizer: {name} is attached to a gate already: detach that one first")
+        raise ValueError(
+            f"optimizer: {_name(optimizer)} is attached to a gate already: detach that one first"
+        )
     attached = AttachedOptimizer(optimizer, on_host=shut_on_host is not None)
     if shut_on_host is not None:
         _skip_on_host(attached, grad_scale, steps, shut_on_host)
@@ -68,13 +69,14 @@ def attach_optimizer(
 
 
 def _check_can_skip(optimizer: Optimizer) -> None:
-    name = _name(optimizer)
     if not isinstance(optimizer, _CAN_SKIP):
-        raise TypeError(f"optimizer: {name} cannot skip a step on the device; {_REMEDY}")
+        raise TypeError(
+            f"optimizer: {_name(optimizer)} cannot skip a step on the device; {_REMEDY}"
+        )
     if not all(group.get("fused") for group in optimizer.param_groups):
         raise TypeError(
-            f"optimizer: {name} was built without fused=True, or has loaded the state of one that "
-            f"was; {_REMEDY}"
+            f"optimizer: {_name(optimizer)} was built without fused=True, or has loaded the state "
+            f"of one that was; {_REMEDY}"
         )
     _create_momentum(optimizer)
 

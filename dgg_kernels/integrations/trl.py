@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from dgg_kernels import GateConfig, GradientGate
 
+from . import warn_of_single_use
 from .transformers import CausalHead, DGGCallback, patch_lm_head
 
 
@@ -52,12 +52,7 @@ class DGGTrainer(GRPOTrainer):
         config: Any = self.args
         accumulated = config.gradient_accumulation_steps
         gate = gate or GateConfig()
-        if self.num_iterations == 1 and gate.threshold < math.inf:
-            warnings.warn(
-                "num_iterations: 1, TRL's default, uses each rollout once, which leaves the gate "
-                "nothing to decide (but a gradient that is not finite): expected 2 or more",
-                stacklevel=2,
-            )
+        warn_of_single_use(self.num_iterations, gate, "num_iterations", "TRL")
         if config.steps_per_generation % accumulated:
             raise ValueError(
                 "steps_per_generation: expected a multiple of gradient_accumulation_steps "
@@ -104,6 +99,7 @@ class DGGTrainer(GRPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; what it raises leaves the arguments as they were."""
+        self._saved = None  # of a resume that was refused
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -135,7 +131,7 @@ class DGGTrainer(GRPOTrainer):
         self._source = self._batches(loader)
         self._step = self._drawn = self._end = 0
         self._buffered_inputs, self._loss = None, 0.0
-        if saved is not None and self.state.global_step > 0:  # 0: of a resume that was refused
+        if saved is not None:
             self._step, self._drawn, self._end = saved["step"], saved["drawn"], saved["end"]
             self._buffered_inputs = saved["rollouts"]
             # A pass that begins draws from torch's generator, which the checkpoint restores.

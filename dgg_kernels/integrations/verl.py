@@ -9,7 +9,6 @@ Importing this module registers the engine and the worker, as verl's own modules
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from dgg_kernels import GateConfig, GradientGate
 
+from . import warn_of_single_use
 from .verl_head import use_linear_cross_entropy
 
 GATE_FILE = "dgg_gate.pt"  # beside verl's own files in a checkpoint
@@ -173,12 +173,7 @@ class DGGEngine(FSDPEngineWithLMHead):
     def _built_gate(self, epochs: int, mini_batches: int) -> GradientGate:
         config: Any = self._config
         model, settings = self._causal_model, GateConfig(**config.gate)
-        if epochs == 1 and settings.threshold < math.inf:
-            warnings.warn(
-                "ppo_epochs: 1, verl's default, uses each rollout once, which leaves the gate "
-                "nothing to decide (but a gradient that is not finite): expected 2 or more",
-                stacklevel=2,
-            )
+        warn_of_single_use(epochs, settings, "ppo_epochs", "verl")
         weight = model.get_output_embeddings().weight
         tied = weight is model.get_input_embeddings().weight
         # Its .grad is not this head's gradient, of which a kernel sees a micro-batch's part.
