@@ -42,7 +42,7 @@ test: lint docs  ## lint, types, docs, all tests of the CPU path, interpreter, c
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_kernels.py -W ignore::RuntimeWarning
 	@# In processes of their own: after the tests above the pretended GPU loses track of tensors.
-	TRITON_INTERPRET=1 $(PYTEST) tests/test_pretend_gpu.py -W ignore::RuntimeWarning
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_pretend_gpu.py tests/test_pretend_trainers.py -W ignore::RuntimeWarning
 	@$(MAKE) --no-print-directory sanitize
 
 FUZZ ?= 100
@@ -82,7 +82,7 @@ coverage: install  ## by make test's tests: branches of Python (Triton in the in
 	rm -rf build/coverage
 	$(COVER) --ignore=tests/test_packaging.py --ignore=tests/test_cuda_sources.py
 	TRITON_INTERPRET=1 $(COVER) tests/test_triton_kernels.py -W ignore::RuntimeWarning
-	TRITON_INTERPRET=1 $(COVER) tests/test_pretend_gpu.py -W ignore::RuntimeWarning
+	TRITON_INTERPRET=1 $(COVER) tests/test_pretend_gpu.py tests/test_pretend_trainers.py -W ignore::RuntimeWarning
 	$(RUN) -m coverage combine -q
 	$(RUN) -m coverage report
 	@# verl is not of this environment (tests/integrations/verl.txt).

@@ -4,8 +4,8 @@
 #     benchmarks/rehearse.sh python3.12 build/rehearsal
 #
 # Builds a copy of the working tree in an environment of its own; then the CPU tests, every Triton
-# kernel compiled for GPUs that are not there, and the Triton kernels, the GPU's benchmarks and its
-# tests in the interpreter.
+# kernel compiled for GPUs that are not there, and the Triton kernels, the GPU's benchmarks, its
+# tests and the trainer in the interpreter.
 set -eu
 [ $# -eq 2 ] || { echo "usage: $0 PYTHON DIR" >&2; exit 2; }
 mkdir -p "$2"
@@ -35,7 +35,7 @@ red=0
 "$run" -m pytest -n 2 tests/test_lm_head.py tests/test_active_set.py tests/test_screen.py \
     tests/test_cross_entropy.py tests/test_gate.py tests/test_replay.py tests/test_cuda_sources.py \
     tests/test_benchmarks.py tests/test_triton_compile.py tests/test_triton_launch.py || red=1
-for tests in tests/test_triton_kernels.py tests/test_pretend_gpu.py; do
+for tests in tests/test_triton_kernels.py tests/test_pretend_gpu.py tests/test_pretend_trainers.py; do
     TRITON_INTERPRET=1 "$run" -m pytest -n 2 "$tests" -W ignore::RuntimeWarning || red=1
 done
 exit $red

@@ -23,7 +23,7 @@ from unittest import mock
 import pytest
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import DispatchKey
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,7 +32,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_tools import SHARED_MEMORY, interpreting, poisoned, repair_interpreter
 
-from dgg_kernels import gate
+import dgg_kernels  # noqa: F401  (its ops)
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -89,12 +89,19 @@ class GpuTensor(Tensor):
     def get_device(self) -> int:
         return 0
 
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        made: Tensor = GpuTensor.of(self.plain.detach().clone(), self.gpu)
+        return memo.setdefault(id(self), like(made, self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain.detach().__reduce_ex__(protocol)
+
+    def to(self, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
         if args and isinstance(args[0], Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is None or device.type == "cuda":
-            return super().to(dtype or self.dtype, copy=kwargs.get("copy", False))
+            return super().to(dtype or self.dtype, copy=copy)
         assert not (self.requires_grad and torch.is_grad_enabled()), "not through autograd"
         self.gpu.wait("a copy to the host")
         return self.plain.to(dtype or self.dtype, copy=True)
@@ -110,6 +117,42 @@ class GpuTensor(Tensor):
 
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
+def like(made: Tensor, old: Tensor) -> Tensor:
+    """A parameter where the old one is."""
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(made, old.requires_grad)
+    return made.requires_grad_(old.requires_grad)
+
+
+def moved(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """In place of `nn.Module._apply`, which would put other memory into the same parameters.
+
+    They become others once, when they reach the device, as under
+    `torch.__future__.set_overwrite_module_params_on_conversion`.
+    """
+    new: dict[int, Tensor] = {}
+    for part in module.modules() if recurse else [module]:
+        for held in (part._parameters, part._buffers):
+            for name, old in held.items():
+                if old is None:
+                    continue
+                if id(old) not in new:
+                    with torch.no_grad():
+                        made = change(old)
+                    new[id(old)] = old if made is old else like(made, old)
+                held[name] = new[id(old)]
+    return module
+
+
+def load(file: Any, map_location: Any = CPU, **options: Any) -> Any:
+    """In place of torch.load."""
+    found = _load(file, map_location="cpu", **options)
+    return tree_map_only(Tensor, lambda t: t.to(map_location), found)
+
+
+_load = torch.load
 
 
 class Generator(torch.Generator):
@@ -458,7 +501,7 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Gpu]:
     """
     gpu = Gpu(capability)
     name = f"pretended {gpu.architecture}"
-    properties = SimpleNamespace(multi_processor_count=132)
+    properties = SimpleNamespace(multi_processor_count=132, major=capability[0])
     stand_ins: dict[str, Any] = {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
         "_lazy_init": lambda: None, "_exchange_device": lambda _: 0,
@@ -474,6 +517,9 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Gpu]:
         "graph": lambda graph: graph.capture(),
         "is_current_stream_capturing": lambda: gpu.graph is not None,
         "set_sync_debug_mode": lambda mode: setattr(gpu, "waiting_is_an_error", mode == "error"),
+        "is_initialized": lambda: True, "is_bf16_supported": lambda *_: True,
+        # What is drawn there is drawn from the CPU's.
+        "default_generators": (torch.default_generator,),
     }  # fmt: skip
     group = "_group_tensors_by_device_and_dtype"
     with ExitStack() as stack:
@@ -484,7 +530,10 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Gpu]:
         patch_stream = mock.patch.object(torch.accelerator, "current_stream", lambda *_: stream)
         stack.enter_context(patch_stream)
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
-        stack.enter_context(mock.patch.object(gate, "gate_devices", lambda: ("cpu", "cuda")))
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", moved))
+        stack.enter_context(mock.patch.object(torch, "load", load))
+        build = [torch.ops.dgg.build()[0], name]
+        stack.enter_context(mock.patch.object(torch.ops.dgg, "build", lambda: build))
         stack.enter_context(mock.patch.object(torch._C, group, _grouped(getattr(torch._C, group))))
         if interpreting():
             run = lambda kernel, *args, **options: gpu.interpret(kernel, *args, **options)  # noqa: E731
