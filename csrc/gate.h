@@ -108,9 +108,10 @@ DGG_HD bool score(double* s, double* t, double x, double* z) {
   if (t[COUNT] < window) return false;
   if (s[AVERAGE] == (double)WINDOW) {
     const int64_t oldest = (int64_t)t[NEXT];
-    double sum = 0, squares = 0;
-    for (int64_t i = 0; i < window; ++i) sum += t[TRACKER_HEADER + (oldest + i) % window];
-    const double mean = sum / (double)window;
+    const double first = t[TRACKER_HEADER + oldest];
+    double sum = 0, squares = 0;  // over the first: of equal values the mean is their value
+    for (int64_t i = 0; i < window; ++i) sum += t[TRACKER_HEADER + (oldest + i) % window] - first;
+    const double mean = first + sum / (double)window;
     for (int64_t i = 0; i < window; ++i) {
       const double d = t[TRACKER_HEADER + (oldest + i) % window] - mean;
       squares += d * d;

@@ -59,7 +59,8 @@ def linear_cross_entropy(
         # -(1 - s) logp_y - s mean_v logp_v = -logp_y + s (z_y - mean_v z_v), and mean_v z_v is the
         # product with the mean weight: no logits are needed for it.
         mean_weight = linear_weight.sum(0, dtype=torch.float32) / linear_weight.shape[0]
-        mean = (input.float() * mean_weight).sum(-1)
+        # What an ignored row holds must not reach the mean weight's gradient.
+        mean = (input.float().where(kept[..., None], 0.0) * mean_weight).sum(-1)
         if linear_bias is not None:
             mean = mean + linear_bias.float().mean()
         gap = out.logp + out.lse - mean

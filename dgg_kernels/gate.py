@@ -66,8 +66,9 @@ class GateConfig:
             the loss's increment is what the last update failed to gain. `gate/energy` is then the
             head's norm all the same, NaN where the backward was left out.
         accumulate: keep the head's own gradient between the backward passes of one update, [V, D]
-            of memory. Needed for the norm of it, scored or only logged, when several passes make
-            one update and `weight.grad` is not their sum: tied embeddings, or a frozen weight.
+            of memory. Needed for the norm of it, scored or only logged, when several passes or
+            several ranks make one update and `weight.grad` is not their sum: a frozen weight, which
+            is refused without, or tied embeddings, whose gradient is then in the norm.
     """
 
     threshold: float = 0.5
@@ -357,14 +358,15 @@ class GradientGate:
             attached.release()
         self._optimizers.clear()
         self.max_grad_norm = self._scaler = None
-        self._awaits_step = False
+        self._await_step(False)
 
     def new_batch(self) -> None:
         """Open the gate for fresh rollouts: clears use counter, references and latch."""
         torch.ops.dgg.gate_new_batch(self._state, self.found_inf)
         self._batches += 1
         self._forget_backward()
-        self._awaits_step = self._foreseen = self._seen_shut = False
+        self._await_step(False)
+        self._foreseen = self._seen_shut = False
 
     def foresee(self, signal: Tensor) -> None:
         """Score this update before its backward is paid for: `GateConfig(energy="loss")`.
@@ -389,7 +391,7 @@ class GradientGate:
                 f"given here, got energy={self.config.energy!r}"
             )
         self._check_turn("foresee")
-        if self._foreseen:
+        if self._foreseen and not self.is_shut(wait=True):
             raise RuntimeError("foresee: called twice without decide() in between")
         self._check_scalar("signal", signal)
         value = _same_on_all_ranks(signal.detach().to(torch.float64).reshape(1))
@@ -400,7 +402,8 @@ class GradientGate:
         """Score this update. Enqueued on the device: energy, z, flag and clip scale.
 
         Call it when the gradient is finished (accumulated, reduced over ranks, unscaled), before
-        clipping and before `optimizer.step()`.
+        clipping and before `optimizer.step()`. What one backward alone has made is scored as the
+        kernel wrote it: divide the loss by the number of tokens, not `weight.grad`.
 
         Args:
             energy: a 0-dim tensor to score in place of the lm_head gradient's norm, for instance
@@ -442,14 +445,14 @@ class GradientGate:
                 signal = _same_on_all_ranks(energy.detach().to(torch.float64).reshape(1))
                 squares = False
             total_norm = None
-            if limit is not None:
+            # With a scaler, too: it leaves out the step of a gradient that is not finite.
+            if limit is not None or (self._scaler is not None and self._scaler.is_enabled()):
                 total_norm = self.total_grad_norm() if grad_norm is None else grad_norm.detach()
                 total_norm = _same_on_all_ranks(total_norm.to(torch.float32).reshape(()))
             self._decide(signal, squares, total_norm, phase=2 if self._foreseen else 0)
         self._foreseen = False
         self._forget_backward()
-        # A scaler that found an Inf may leave the step out.
-        self._awaits_step = bool(self._optimizers) and self._scaler is None
+        self._await_step(True)
 
     def _check_turn(self, name: str) -> None:
         if self._batches == 0:
@@ -497,7 +500,7 @@ class GradientGate:
 
         `gate/energy`, `gate/increment`, `gate/z` (NaN where no score was formed), `gate/shut`,
         `gate/reuse` (1 for the first use), `grad_norm` (global, before clipping; NaN without
-        `max_grad_norm`), `updates_attempted`, `updates_applied`, `rollout_batches`.
+        `max_grad_norm` and scaler), `updates_attempted`, `updates_applied`, `rollout_batches`.
         """
         state = self._state.clone()
         names = {
@@ -563,7 +566,8 @@ class GradientGate:
         if self._pinned is not None:
             self._pinned.copy_(torch.from_numpy(restored[: Slot.HEADER_SIZE]))
         self._forget_backward()
-        self._awaits_step = self._foreseen = False
+        self._await_step(False)
+        self._foreseen = False
 
     # -- what the op and the optimizer tell the gate ----------------------------------------------
 
@@ -606,8 +610,15 @@ class GradientGate:
             for p in group["params"]
             if p.grad is not None
         ]
-        norm = _full(torch.nn.utils.get_total_norm(grads))
-        return norm.to(self._state.device, torch.float32)
+        # In two parts: torch adds no DTensor to a plain one.
+        plain = [g for g in grads if not hasattr(g, "full_tensor")]
+        sharded = [g for g in grads if hasattr(g, "full_tensor")]
+        norms = [_full(torch.nn.utils.get_total_norm(part)) for part in (plain, sharded) if part]
+        if not norms:
+            return torch.zeros_like(self.grad_scale)
+        if len(norms) == 1:  # to the bit what clip_grad_norm_ takes
+            return norms[0].to(self._state.device, torch.float32)
+        return torch.hypot(*(norm.to(self._state.device, torch.float32) for norm in norms))
 
     def _own_signal(self) -> tuple[Tensor, bool]:
         """The energy's partial squares and True, or the energy itself and False."""
@@ -634,7 +645,9 @@ class GradientGate:
         if scaled and not _alone():
             torch.distributed.all_reduce(gradient)
             gradient /= _world()  # DDP and FSDP average, too
-        norm = _full(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+        # Row by row, then in fp64: one fp32 sum over all of it is off by a thousandth on a CPU.
+        rows = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
+        norm = _full(torch.linalg.vector_norm(rows, dtype=torch.float64))
         if scaled:
             norm = norm / self._loss_scale()
         return _same_on_all_ranks(norm).reshape(1), False
@@ -664,14 +677,26 @@ class GradientGate:
                 f"got {_described(value)}"
             )
 
-    def _steps(self) -> None:
+    def _await_step(self, decided: bool) -> None:
+        """After a decision every optimizer may step once, and one has to."""
+        for attached in self._optimizers:
+            attached.has_decision = decided
+        # A scaler that found an Inf may leave the step out.
+        self._awaits_step = decided and bool(self._optimizers) and self._scaler is None
+
+    def _steps(self, attached: AttachedOptimizer) -> None:
         """What an attached optimizer calls before its step."""
         if self._backwards:
             raise RuntimeError(
                 "optimizer: step() came after a backward through linear_logprob(..., gate=gate) "
                 "without gate.decide() in between"
             )
-        self._awaits_step = False
+        if not attached.has_decision:
+            raise RuntimeError(
+                "optimizer: step() came without a gate.decide() of its own since new_batch(): flag "
+                "and clip scale would be another update's; detach() lets it step without the gate"
+            )
+        attached.has_decision = self._awaits_step = False
 
     def _forget_backward(self) -> None:
         self._backwards, self._grad_was_empty = 0, False

@@ -22,10 +22,11 @@ class WeightDivergence:
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self._weights = {name: w.detach() for name, w in weights.items()}
-        self._first = {name: w.clone() for name, w in self._weights.items()}
-        self._last = {name: w.clone() for name, w in self._weights.items()}
+        self._weights = dict(weights)  # not their memory, which Module.to() changes
+        self._first = {name: w.detach().clone() for name, w in weights.items()}
+        self._last = {name: w.clone() for name, w in self._first.items()}
 
+    @torch.no_grad()
     def update(self) -> dict[str, Tensor]:
         """Changes since the last call and since construction.
 

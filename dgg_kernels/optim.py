@@ -24,6 +24,7 @@ class AttachedOptimizer:
 
     def __init__(self, optimizer: Optimizer, on_host: bool) -> None:
         self.optimizer, self.on_host = optimizer, on_host  # on_host: its step is not called
+        self.has_decision = False  # of the gate, for its next step
         self._undo: list[Callable[[], None]] = []
 
     def on_release(self, undo: Callable[[], None]) -> None:
@@ -37,10 +38,10 @@ class AttachedOptimizer:
 
 
 def attach_optimizer(
-    optimizer: Optimizer,
+    optimizer: Any,
     found_inf: Tensor,
     grad_scale: Tensor | None,
-    steps: Callable[[], None],
+    steps: Callable[[AttachedOptimizer], None],
     shut_on_host: Callable[[], bool] | None = None,
 ) -> AttachedOptimizer:
     """Make `optimizer.step()` read `found_inf` (skip) and `grad_scale` (divide the gradient by it).
@@ -49,10 +50,18 @@ def attach_optimizer(
     found_inf == 1.0 parameters, moments and step counters keep their bits. Zeroing gradients would
     not do: AdamW then still moves the weights by momentum and decay.
 
-    `steps` is called before every step, which does not happen if it raises. With `shut_on_host`
+    `steps` is called before every step, compiled ones included, which does not happen if it raises.
+    With `shut_on_host`
     the optimizer's step is not called when that says so, whatever it is.
     """
-    optimizer = _inner(optimizer)
+    while _is_accelerates(optimizer):  # on the wrapper the attributes would do nothing
+        if shut_on_host is not None and optimizer.scaler is not None:
+            # It calls the step that it found when it was made.
+            raise ValueError(
+                "optimizer: expected Accelerate's wrapper without a loss scaler (fp16) with "
+                "host_gate=True: it would step past the gate; bf16 needs none"
+            )
+        optimizer = optimizer.optimizer
     if getattr(optimizer, "_dgg_attached", False):
         raise ValueError(
             f"optimizer: {_name(optimizer)} is attached to a gate already: detach that one first"
@@ -85,8 +94,9 @@ def _skip_on_device(
     attached: AttachedOptimizer,
     found_inf: Tensor,
     grad_scale: Tensor | None,
-    steps: Callable[[], None],
+    steps: Callable[[AttachedOptimizer], None],
 ) -> None:
+    @torch.compiler.disable
     def before(optimizer: Any, *_: Any) -> None:
         _check_can_skip(optimizer)  # load_state_dict may have changed it
         # Set at every step: a GradScaler puts its own here and deletes both afterwards.
@@ -97,7 +107,7 @@ def _skip_on_device(
                 "optimizer: the gradient is still multiplied by the loss scale: call "
                 "scaler.unscale_(optimizer) before gate.decide()"
             )
-        steps()
+        steps(attached)
         optimizer.found_inf = found_inf
         if theirs is not None and theirs is not found_inf:
             optimizer.found_inf = torch.maximum(found_inf, (theirs.to(found_inf) != 0).float())
@@ -115,7 +125,7 @@ def _skip_on_device(
 def _skip_on_host(
     attached: AttachedOptimizer,
     grad_scale: Tensor | None,
-    steps: Callable[[], None],
+    steps: Callable[[AttachedOptimizer], None],
     shut: Callable[[], bool],
 ) -> None:
     optimizer = attached.optimizer
@@ -123,17 +133,19 @@ def _skip_on_host(
     wrapped = "step" in vars(optimizer)  # by a learning-rate schedule
     released = False
 
+    @torch.compiler.disable  # it asks the gate at every call
     @wraps(step)  # with what a schedule marks its own wrapper by
     def gated_step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
         if released:  # and kept by a schedule that was built since
             return step(*args, **kwargs)
-        steps()
+        steps(attached)
         if shut():
             return None
         if grad_scale is not None:
             groups = optimizer.param_groups
             grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-            torch._foreach_div_(grads, grad_scale)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+            if grads:
+                torch._foreach_div_(grads, grad_scale)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
         return step(*args, **kwargs)
 
     # A bound method, as a schedule that wraps it in its turn wants it.
@@ -182,10 +194,9 @@ def _name(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
-def _inner(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside Accelerate's wrapper, on which the attributes would do nothing."""
-    inner = getattr(optimizer, "optimizer", None)
-    return _inner(inner) if isinstance(inner, Optimizer) else optimizer
+def _is_accelerates(optimizer: Any) -> bool:
+    """Is it Accelerate's wrapper? Another one steps in a way of its own."""
+    return any(c.__module__ == "accelerate.optimizer" for c in type(optimizer).__mro__)
 
 
 def _create_momentum(optimizer: Optimizer) -> None:

@@ -92,7 +92,8 @@ def codes_of(weight: Tensor, kind: Screen, owner: Tensor) -> list[Tensor]:
     Kept until the owner is written to, which its version counter does not always tell: it stands
     still under torch's fused optimizers, FSDP's all-gather and writes through `.data`. So any step
     of any optimizer counts as a write, unless its `found_inf` made it an empty one, and some rows
-    are compared at every call: the device decides then whether to make the codes anew.
+    are compared at every call: the device decides then whether to make the codes anew. A write
+    through `.data` to other rows is not noticed.
     Compiled or captured calls, whose repetition asks nobody, always do; and once an optimizer's
     step was captured, all calls.
     """
@@ -141,7 +142,7 @@ def _count_step(optimizer: Optimizer, *_: object) -> None:
     skipped = getattr(optimizer, "found_inf", None)
     if not all(group.get("fused") for group in optimizer.param_groups):
         skipped = None  # who reads it, and when, is not known
-    for of_weight in _copies.values():
+    for of_weight in list(_copies.data.values()):  # at once: another thread may add one
         for kind, kept in list(of_weight.items()):
             if skipped is None or skipped.device != kept.codes[0].device:
                 del of_weight[kind]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tolerance import error
@@ -45,6 +47,20 @@ def test_smoothing_of_a_frequent_target_in_bf16():
     torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.5).backward()
     linear_cross_entropy(hidden + 1, mine, target, label_smoothing=0.5, grad_eps=0.0).backward()
     assert error(mine.grad, exact.grad) < 1e-2
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_what_an_ignored_row_holds_reaches_no_gradient(smoothing):
+    torch.manual_seed(0)
+    grads = []
+    for poison in (0.0, math.nan, math.inf):
+        hidden = torch.ones(3, 4)
+        hidden[1] = poison
+        weight = torch.linspace(-1, 1, 20).reshape(5, 4).requires_grad_()
+        target = torch.tensor([2, -100, 4])
+        linear_cross_entropy(hidden, weight, target, label_smoothing=smoothing).backward()
+        grads.append(weight.grad)
+    assert grads[0].any() and all(grad.equal(grads[0]) for grad in grads)
 
 
 def test_the_mean_of_nothing_is_nan_as_in_torch():

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_gate import SAVED
+from torch.distributed.fsdp import fully_shard
+
+from dgg_kernels import GateConfig, GradientGate
 
 SCRIPT = Path(__file__).parent / "distributed_gate.py"
 
@@ -101,3 +104,22 @@ def test_a_checkpoint_of_two_ranks_resumes_on_two_four_and_one(two_ranks, tmp_pa
 def test_vocabulary_parallel_head(ranks):
     """Values, gradients and energy of a sharded head are those of the whole one."""
     launch(ranks, SCRIPT.with_name("distributed_vocab.py"))
+
+
+def test_plain_and_sharded_gradients_are_clipped_by_one_norm(tmp_path):
+    """FSDP2 leaves parameters plain that it is told to ignore."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 5))
+        fully_shard(model, ignored_params={*model[0].parameters()})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gate = GradientGate(GateConfig(), model[0].weight)
+        gate.attach(optimizer, max_grad_norm=1.0, host_gate=True)
+        model(torch.ones(2, 4)).square().sum().backward()
+        parts = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                 for p in model.parameters()]  # fmt: skip
+        expected = torch.nn.utils.get_total_norm(parts)
+        torch.testing.assert_close(gate.total_grad_norm(), expected)
+    finally:
+        torch.distributed.destroy_process_group()

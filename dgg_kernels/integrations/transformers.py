@@ -276,10 +276,6 @@ class DGGCallback(TrainerCallback, ExportableState):
             # It saves between decide() and step(): a refused update would be in the checkpoint.
             raise ValueError("enable_jit_checkpoint: expected False with DGGCallback, got True")
         optimizer = kwargs["optimizer"]
-        if self.host_gate and optimizer.scaler is not None:
-            # Accelerate calls the step that it found when it wrapped the optimizer.
-            raise ValueError("fp16: expected no loss scaler with host_gate=True: it would step "
-                             "past the gate; bf16 needs none")  # fmt: skip
         # Without a checkpoint this is the gate's own state, as the train() that begins found it.
         kept = state.stateful_callbacks.get(type(self).__name__)
         if kept is not None:  # the checkpoint may be of a run without a gate
