@@ -6,6 +6,7 @@ A docstring of a test is a line of the compatibility table (test_integration_tab
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import math
@@ -13,7 +14,7 @@ import math
 import pytest
 import torch
 import transformers
-from tiny_models import MODELS, V, build
+from tiny_models import MODELS, SHAPE, V, build
 
 from dgg_kernels import GateConfig, GradientGate, replay
 from dgg_kernels.integrations import transformers as integration
@@ -164,11 +165,77 @@ def test_a_head_that_does_more_than_we_know_is_refused():
     with pytest.raises(ValueError, match="gate: expected the weight it was built for"):
         patch_lm_head(model, gate=GradientGate(GateConfig(), torch.zeros(3, 16)))
     model.config.output_router_logits = True
-    with pytest.raises(ValueError, match="model: expected output_router_logits=False"):
+    with pytest.raises(ValueError, match="output_router_logits: expected False"):
         patch_lm_head(model)
     model.set_output_embeddings(torch.nn.Sequential(torch.nn.Linear(16, V)))
     with pytest.raises(ValueError, match="model: expected a linear head, got Sequential"):
         patch_lm_head(model)
+
+
+def test_a_loss_that_is_not_of_the_log_probs_alone_is_refused():
+    """A loss that is not the mean of the log-probs (a router's, a z-loss) is refused, where the
+    patched model is to return one.
+    """
+    model, (inputs, labels) = build("Llama"), batch()
+    model.loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
+    with pytest.raises(ValueError, match="expected a loss of its own that is the mean of the nega"):
+        patch_lm_head(model)
+    patch_lm_head(model, when_asked=True)
+    assert model(**inputs, labels=labels, fused_lm_head=True).log_probs.shape == (2, 8)
+    model = build("Llama")
+    patch_lm_head(model)
+    with pytest.raises(ValueError, match="shift_labels: expected None on a patched model"):
+        model(**inputs, labels=labels, shift_labels=labels)
+    with pytest.raises(ValueError, match="output_router_logits: expected False"):
+        model(**inputs, labels=labels, output_router_logits=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_logits_are_taken_for_what_they_are(dtype):
+    """As bf16 rounds large ones, and TF32 the products of both."""
+    model = build("Llama").to(dtype)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40 if dtype == torch.bfloat16 else 4)
+        if dtype == torch.float32:
+            own = model.lm_head.forward
+            kept = lambda t: (t.view(torch.int32) + 2**12 & -(2**13)).view(torch.float32)  # noqa: E731
+            rounded = torch.nn.Parameter(kept(model.lm_head.weight))
+            model.lm_head.forward = lambda x: torch.nn.functional.linear(kept(x), rounded)
+            hidden = torch.randn(3, 16)
+            assert (own(hidden) - model.lm_head(hidden)).abs().max() > 1e-3
+    logits = model(torch.arange(8)[None]).logits.abs().max()
+    assert logits > (64 if dtype == torch.bfloat16 else 4)
+    patch_lm_head(model)
+
+
+@pytest.mark.parametrize("kind", ["hook", "partial", "compiled"])
+def test_a_forward_that_is_bound_already_stays_what_it_was(kind):
+    """As of a model on several devices (`device_map`), which Accelerate gives another forward."""
+    accelerate = pytest.importorskip("accelerate")
+    model, (inputs, labels) = build("Llama"), batch()
+    tokens = inputs["input_ids"]
+    expected, sampled = model(**inputs, labels=labels), model.generate(tokens, max_new_tokens=3)
+    if kind == "hook":
+        accelerate.dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, force_hooks=True)
+    elif kind == "partial":
+        model.forward = functools.partial(model.forward)
+    else:
+        model.forward = torch.compile(model.forward, backend="eager")
+    with patch_lm_head(model, grad_eps=0.0):
+        torch.testing.assert_close(model(**inputs, labels=labels).loss, expected.loss)
+        torch.testing.assert_close(model(tokens, inputs["attention_mask"]).logits, expected.logits)
+        assert model.generate(tokens, max_new_tokens=3).equal(sampled)
+    torch.testing.assert_close(model(**inputs).logits, expected.logits)
+
+
+def test_a_model_that_names_no_base_is_read_by_its_decoder():
+    kind = transformers.Llama4TextConfig
+    config = kind(**{**SHAPE, "intermediate_size_mlp": 32, "num_local_experts": 2,
+                     "num_experts_per_tok": 1, "use_qk_norm": False})  # fmt: skip
+    model, (inputs, labels) = transformers.Llama4ForCausalLM(config).eval(), batch()
+    expected = model(**inputs, labels=labels).loss
+    patch_lm_head(model, grad_eps=0.0)
+    torch.testing.assert_close(model(**inputs, labels=labels).loss, expected)
 
 
 def test_lora_trains_alike_and_the_gate_sees_the_frozen_head():
@@ -373,3 +440,23 @@ def test_trainer_can_go_on_after_a_train_that_raised(tmp_path):
     assert made.args.max_grad_norm == 0.0
     made.train()
     assert made.args.max_grad_norm == 0.5 and rows(made)[0]["grad_norm"] > 0.5
+
+
+def test_a_stop_in_the_midst_of_an_update_leaves_the_arguments_as_they_were(tmp_path):
+    class Stop(transformers.TrainerCallback):
+        def on_substep_end(self, args, state, control, **_):
+            control.should_training_stop = True
+
+    made = trainer(tmp_path, threshold=math.inf, gradient_accumulation_steps=2)
+    made.add_callback(Stop())
+    made.train()
+    assert made.args.max_grad_norm == 0.5
+
+
+def test_replicas_are_refused(tmp_path):
+    """nn.DataParallel, in which a Trainer wraps a model that sees several GPUs, is refused."""
+    made = trainer(tmp_path, threshold=math.inf)
+    made.args._n_gpu = 2
+    callback = next(c for c in made.callback_handler.callbacks if isinstance(c, DGGCallback))
+    with pytest.raises(ValueError, match="args: expected a GPU a process, got 2 in DataParallel"):
+        callback.on_train_begin(made.args, made.state, made.control, optimizer=None)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+import transformers
 
 from dgg_kernels import GateConfig, replay
 from dgg_kernels.replay_log import read_energies
@@ -324,6 +325,29 @@ def test_each_use_gives_the_head_the_log_sum_exps_of_the_last_one(paths, tmp_pat
     assert max(apart[:8]) < 1e-5 < 1e-3 < min(apart[8:])  # of the second batch of rollouts
     moved = [(ref - lse).abs().max() for trained, _, ref, lse in calls if trained]
     assert max(moved[:2]) < 1e-5 < 1e-3 < min(moved[4:12])
+
+
+def test_a_run_that_stopped_in_the_midst_of_an_update_makes_it_anew(paths, tmp_path):
+    class Stop(transformers.TrainerCallback):
+        def on_substep_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step == 3
+
+    options = {"max_steps": 8, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4,
+               "save_strategy": "epoch"}  # fmt: skip
+    whole = gated(paths[False], tmp_path / "whole", **options).train()
+    stopped = gated(paths[False], tmp_path / "stopped", **options)
+    stopped.trainer.add_callback(Stop())
+    stopped.train()
+    resumed = gated(paths[False], tmp_path / "stopped", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert [r["loss"] for r in resumed.rows] == [r["loss"] for r in whole.rows]
+    assert stopped.prompts + resumed.prompts == whole.prompts
+
+
+def test_a_run_without_a_batch_leaves_nothing_to_resume(paths, tmp_path):
+    options = {"per_device_train_batch_size": 16, "save_strategy": "steps", "max_steps": 2}
+    gated(paths[False], tmp_path, letters="abc", **options).train()  # four a batch
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(paths, tmp_path):

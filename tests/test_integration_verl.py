@@ -518,6 +518,8 @@ def test_configuration_in_verls_style(paths):
         DGGEngineConfig(gate={"max_reuse": 4})
     with pytest.raises(TypeError, match="treshold"):
         DGGEngineConfig(gate={"treshold": 0.5})
+    with pytest.raises(TypeError, match="head: expected grad_eps and screen alone, got grad_epss"):
+        DGGEngineConfig(head={"grad_epss": 0.5})
 
 
 def test_what_is_not_covered_is_refused(paths, monkeypatch):
@@ -542,7 +544,7 @@ read the gate's settings, are refused by name."""
 def test_two_processes_decide_alike(paths, stock, tmp_path):
     """Two processes (FSDP2, gloo): one process's decisions and weights, tied and untied, with \
 and without the fused head, on the loss, sharded or replicated (`fsdp_size`), micro-batches \
-reduced at once or together; a vocabulary in two parts."""
+reduced at once or together; a vocabulary in two parts; a resume from a disk of each node's own."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     folders = [str(paths[True]), str(paths[False])]
     done = subprocess.run(
@@ -573,6 +575,8 @@ reduced at once or together; a vocabulary in two parts."""
         torch.testing.assert_close(rank["head"][:2], [logp, entropy], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(rank["head"][2], hidden.grad, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(rank["head"][3], weight.grad.chunk(2)[i], rtol=1e-4, atol=1e-5)
+        whole, resumed = rank["resumed"]
+        assert whole == resumed == ranks[0]["resumed"][0] and any(1 in shut for shut in whole)
 
 
 OWN_FORWARD = Qwen2ForCausalLM.forward
@@ -603,6 +607,16 @@ def on_one_of_two(tied_path, untied_path, folder):
             "energy": [[float(x) for x in log["gate/energy"]] for log in logs],
             "weights": run.weights(),
         }
+    disk = Path(folder) / f"node{dist.get_rank()}"
+    Qwen2ForCausalLM.forward = OWN_FORWARD
+    first, second = (Run(untied_path, EAGER, micro=2) for _ in range(2))
+    first.train(range(4))
+    first.worker.save_checkpoint(str(disk))
+    second.worker.load_checkpoint(str(disk))
+    kept["resumed"] = [
+        [[float(x) for x in log["gate/shut"]] for log in run.train(range(4, 7))]
+        for run in (first, second)
+    ]
     hidden, weight, labels = head_inputs()
     part = weight.detach().chunk(2)[dist.get_rank()].clone().requires_grad_()
     logp, entropy = linear_cross_entropy(hidden, part, labels, 0.7, "none", dist.group.WORLD)

@@ -59,7 +59,9 @@ class CausalHead:
     @property
     def decoder(self) -> Any:
         """The stack below the head. PEFT replaces layers in it, and leaves it in its place."""
-        return self.model.base_model
+        base = self.model.base_model
+        # Llama 4's and Mllama's text models name no part as their base.
+        return base if base is not self.model else self.model.model
 
     def logprob(
         self, hidden: Tensor, target: Tensor, *, temperature: float = 1.0, **options: Any
@@ -77,7 +79,9 @@ class CausalHead:
 
 
 @torch.no_grad()
-def check_logprobs(model: Any, logprobs: Callable[[Tensor], Tensor]) -> None:
+def check_logprobs(
+    model: Any, logprobs: Callable[[Tensor], Tensor], *, with_loss: bool = False
+) -> None:
     """Raise ValueError unless these log-probs are those of the model's own logits.
 
     A head that does something of its own (a scale, a norm, an adapter) would be trained wrongly.
@@ -85,27 +89,36 @@ def check_logprobs(model: Any, logprobs: Callable[[Tensor], Tensor]) -> None:
     Args:
         model: called for its logits, with dropout off.
         logprobs: tokens [1, T] -> log-probs [1, T - 1] of the tokens from the second on.
+        with_loss: the model's own loss has to be their negative mean, too.
     """
     modes = {module: module.training for module in model.modules()}
     weight = model.get_output_embeddings().weight
     tokens = torch.arange(8, device=weight.device)[None] % weight.shape[0]
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     try:
         model.eval()
         # Not in the autocast that Accelerate has put around it.
         forward = getattr(model, "_original_forward", model)
-        logits = forward(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        out = forward(**inputs, labels=tokens) if with_loss else forward(**inputs)
         got = logprobs(tokens)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    expected = logits[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-    # 16-bit logits are themselves off by as much.
-    tolerance = 1e-3 if weight.dtype == torch.float32 else 0.25
+    expected = out.logits[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    # So far logits are off themselves: in fp32 as TF32 leaves them, in 16 bits as they are rounded.
+    full = weight.dtype == torch.float32
+    floor, eps = (1e-2, 2**-10) if full else (0.25, torch.finfo(weight.dtype).eps)
+    tolerance = max(floor, eps * float(out.logits.abs().max()))
     difference = float((got - expected).abs().max())
     if not difference <= tolerance:
         raise ValueError(
             "model: expected a head whose logits are weight, bias, scale and softcap, got "
             f"log-probs that differ from its own by {difference:.3g}"
+        )
+    if with_loss and not abs(loss := float(out.loss) - float(-expected.mean())) <= tolerance:
+        raise ValueError(
+            "model: expected a loss of its own that is the mean of the negative log-probs, got "
+            f"one that differs by {loss:.3g}; with when_asked=True log-probs alone are taken"
         )
 
 
@@ -176,16 +189,22 @@ def patch_lm_head(
         options: of `linear_logprob`: grad_eps, screen, gate. The gate sees passes with gradient.
 
     Raises:
-        ValueError: the head is not linear, or the log-probs are not those of the model's logits
-            (compared once, on 8 tokens), or the model adds a router's loss to its own.
+        ValueError: the head is not linear; the log-probs are not those of the model's logits, or
+            its loss is not theirs (compared once, on 8 tokens). By a call: it asks for a router's
+            loss, or gives `shift_labels`.
     """
     model = CausalHead(model).model
     gate: GradientGate | None = options.pop("gate", None)
     if gate is not None:
         gate.check_weight(CausalHead(model).linear.weight)
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise ValueError("model: expected output_router_logits=False: its loss is not computed")
-    own_forward = getattr(model.forward, "__func__", model.forward)  # to be bound to a copy, too
+    _check_call(model, {})
+    before = model.forward
+    if getattr(before, "__self__", None) is model:
+        own_forward = before.__func__  # to be bound to a copy, too
+    else:  # Accelerate's hooks, say: bound already
+
+        def own_forward(_: Any, *args: Any, **inputs: Any) -> Any:
+            return before(*args, **inputs)
 
     def log_probs(
         model: Any, labels: Tensor, lse_ref: Tensor | None, scale: float, *args: Any, **inputs: Any
@@ -226,6 +245,7 @@ def patch_lm_head(
             if num_items_in_batch is not None:
                 inputs["num_items_in_batch"] = num_items_in_batch
             return own_forward(self, *args, labels=labels, **inputs)
+        _check_call(self, inputs)
         out = log_probs(self, labels, lse_ref, temperature, *args, **inputs)
         count = num_items_in_batch
         if count is None:
@@ -233,8 +253,21 @@ def patch_lm_head(
         mean = -out.logp.sum() / count
         return LogprobModelOutput(mean, out.logp[:, :-1], out.entropy[:, :-1], out.lse[:, :-1])
 
-    check_logprobs(model, lambda tokens: log_probs(model, tokens, None, 1.0, tokens).logp[:, :-1])
+    def checked(tokens: Tensor) -> Tensor:
+        return log_probs(model, tokens, None, 1.0, tokens).logp[:, :-1]
+
+    check_logprobs(model, checked, with_loss=not when_asked)
     return PatchedHead(model, forward)
+
+
+def _check_call(model: Any, inputs: dict[str, Any]) -> None:
+    """Refuse what a model's own loss would heed."""
+    if inputs.get("shift_labels") is not None:
+        raise ValueError("shift_labels: expected None on a patched model, which shifts the labels")
+    asked = inputs.get("output_router_logits")
+    config = model.config.get_text_config()
+    if asked or (asked is None and getattr(config, "output_router_logits", False)):
+        raise ValueError("output_router_logits: expected False: the router's loss is not computed")
 
 
 class DGGCallback(TrainerCallback, ExportableState):
@@ -275,6 +308,8 @@ class DGGCallback(TrainerCallback, ExportableState):
         if getattr(args, "enable_jit_checkpoint", False):
             # It saves between decide() and step(): a refused update would be in the checkpoint.
             raise ValueError("enable_jit_checkpoint: expected False with DGGCallback, got True")
+        if args.n_gpu > 1:  # its replicas would call the forward of the first
+            raise ValueError(f"args: expected a GPU a process, got {args.n_gpu} in DataParallel")
         optimizer = kwargs["optimizer"]
         # Without a checkpoint this is the gate's own state, as the train() that begins found it.
         kept = state.stateful_callbacks.get(type(self).__name__)
@@ -328,5 +363,6 @@ class DGGCallback(TrainerCallback, ExportableState):
         state.log_history[-1].update(found)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the optimizer as it was."""
+        """Leave optimizer and arguments as they were, also in the midst of an update."""
+        self.restore(args)
         self.gate.detach()

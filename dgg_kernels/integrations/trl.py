@@ -136,7 +136,8 @@ class DGGTrainer(GRPOTrainer):
             self._buffered_inputs = saved["rollouts"]
             # A pass that begins draws from torch's generator, which the checkpoint restores.
             with torch.random.fork_rng(devices=[]):
-                self._prompts = next(itertools.islice(self._source, self._drawn - 1, None), None)
+                for _ in range(self._drawn):
+                    self._prompts = next(self._source, None)
 
     def _advance(self) -> None:
         """Fresh prompts, where these rollouts are used up or the gate has ended their re-use.
@@ -165,7 +166,7 @@ class DGGTrainer(GRPOTrainer):
         self._advance()
         if self._prompts is None:
             self.control.should_training_stop = True
-            self.control.should_save |= self.args.save_strategy == "steps"
+            self.control.should_save |= self.args.save_strategy == "steps" and self._drawn > 0
             return [], None
         return [self._prompts] * num_batches, None
 
@@ -230,9 +231,10 @@ class DGGTrainer(GRPOTrainer):
         self._advance()  # now: what it draws from torch's generator is then in the checkpoint
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial))
+        accumulated: Any = self.args.gradient_accumulation_steps
         saved = {
             "settings": self._position(),
-            "step": self._step,
+            "step": self._step - self._step % accumulated,  # where this update began
             "drawn": self._drawn,
             "end": self._end,
             "rollouts": self._buffered_inputs,

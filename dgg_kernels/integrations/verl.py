@@ -33,6 +33,7 @@ from .verl_head import use_linear_cross_entropy
 
 GATE_FILE = "dgg_gate.pt"  # beside verl's own files in a checkpoint
 _DERIVED = ("max_reuse", "mini_batches", "accumulate")
+_HEAD = ("grad_eps", "screen")
 
 
 # -- configuration --------------------------------------------------------------------------------
@@ -50,7 +51,8 @@ class DGGEngineConfig(FSDPEngineConfig):
         host_gate: as in `GradientGate.attach`: accept an optimizer that cannot skip by itself.
 
     Raises:
-        TypeError, ValueError: no field of GateConfig, not a value of it, or one that follows.
+        TypeError, ValueError: no field of GateConfig, not a value of it, or one that follows; no
+            option of the head.
     """
 
     gate: dict[str, Any] | None = field(default_factory=dict)
@@ -62,6 +64,8 @@ class DGGEngineConfig(FSDPEngineConfig):
         gate = self.gate or {}
         if derived := sorted(set(gate).intersection(_DERIVED)):
             raise ValueError(f"gate: expected no {', '.join(derived)}: verl's own settings say it")
+        if unknown := sorted(set(self.head).difference(_HEAD)):
+            raise TypeError(f"head: expected {' and '.join(_HEAD)} alone, got {', '.join(unknown)}")
         GateConfig(**gate)
 
 
@@ -258,11 +262,19 @@ class DGGEngine(FSDPEngineWithLMHead):
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """verl's, and the gate's state, if the checkpoint is of a run with a gate."""
         super().load_checkpoint(local_path, *args, **kwargs)
-        if not self.gated or local_path is None or not (Path(local_path) / GATE_FILE).is_file():
+        if not self.gated or local_path is None:
             return
-        saved = self._saved = torch.load(Path(local_path) / GATE_FILE, weights_only=True)
+        file = Path(local_path) / GATE_FILE
+        # Another node may have another disk: all go on with what the first rank has found.
+        found = [None]
+        if self.rank == 0 and file.is_file():
+            found = [torch.load(file, weights_only=True)]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is None:
+            return
+        self._saved = found[0]
         if self.gate is not None:
-            self.gate.load_state_dict(saved)
+            self.gate.load_state_dict(self._saved)
 
 
 def _not_covered(name: str, expected: object, got: object) -> ValueError:
