@@ -201,8 +201,9 @@ class TrainConfig:
         self._choice("gate", GATES)
         self._choice("loss_type", LOSSES)
         self._choice("scale_rewards", SCALES)
-        if not isinstance(self.model, str) or not self.model:
-            raise ConfigError(f"model: expected a name or a folder, got {self.model!r}")
+        for name in ("task", "model", "device"):
+            if not isinstance(value := getattr(self, name), str) or not value:
+                raise ConfigError(f"{name}: expected a name, got {value!r}")
         self._choice("dtype", DTYPES)
         self._choice("parallel", PARALLELS)
         for name in (

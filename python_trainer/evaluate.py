@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .config import TrainConfig
+from .config import TaskError, TrainConfig
 from .distributed import Ranks, gathered
 from .engine import Engine
 from .model import Policy
-from .rollout import Sequences, Transcript, expert, in_chunks, pack, play
+from .rollout import Sequences, Transcript, expert, in_chunks, pack, play, sample
 from .tasks import Example, Task
 from .tokenizer import Tokenizer
 
@@ -25,15 +25,20 @@ class Evaluator:
     the reward: the mean probability of the whole answer, eos included, with no sampling noise. Else
     it is the mean reward of one sampled episode of each example, with the same random numbers at
     every call. `key` chooses the examples.
+
+    Raises:
+        TaskError: there are fewer examples than `eval_prompts`; or one whose only right answer the
+            policy cannot give, being longer than `max_completion_length` or not of its tokens.
     """
 
     def __init__(
         self, task: Task, policy: Policy, config: TrainConfig, ranks: Ranks, key: str = "held-out"
     ) -> None:
         self.task, self.policy, self.config, self.ranks = task, policy, config, ranks
-        self.examples = task.sample(config.eval_prompts, key, held_out=True)
+        self.examples = sample(task, config.eval_prompts, key, held_out=True)
         self.answers: list[Sequences] = []
         if task.exact:
+            self._check_answers()
             mine = self.examples[ranks.rank :: ranks.world]
             known = expert(policy.tokenizer, task, mine or self.examples[:1], config)
             self.mine, most = len(mine), -(-len(self.examples) // ranks.world)
@@ -41,6 +46,21 @@ class Evaluator:
             # As many forwards on every rank, which shards want: the last one's may not count.
             parts = [known[i : i + size] or known[:1] for i in range(0, most, size)]
             self.answers = [pack(part, policy.tokenizer.pad, config.device) for part in parts]
+
+    def _check_answers(self) -> None:
+        tokenizer, limit = self.policy.tokenizer, self.config.max_completion_length
+        for text in (text for example in self.examples for text in example.answer or ()):
+            turn = tokenizer.turn(text)
+            if len(turn) > limit:
+                raise TaskError(
+                    f"max_completion_length: expected room for the answer {text!r}, of {len(turn)} "
+                    f"tokens, got {limit}"
+                )
+            if (read := tokenizer.decode(turn)) != text:
+                raise TaskError(
+                    f"task {self.task.name}: expected answers that the tokenizer can spell, got "
+                    f"{text!r}, which is {read!r} in its tokens"
+                )
 
     @torch.no_grad()
     def accuracy(self, model: torch.nn.Module, engine: Engine) -> float:

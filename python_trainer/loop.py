@@ -7,6 +7,7 @@ run needs to go on is in `Run`: a checkpoint may fall between any two of its act
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,15 +27,18 @@ from .config import CheckpointError, TrainConfig
 from .distributed import Ranks, gathered, spread, whole
 from .engine import make_engine
 from .evaluate import Evaluator, shown
-from .files import MetricsLog, Row
+from .files import MetricsLog, Row, as_json
 from .loss import group_advantages, mask_truncated, policy_loss, token_shares
 from .model import Policy, load_policy
-from .rollout import Rollout, Sequences, Transcript, in_chunks, pack, play, texts
+from .rollout import Rollout, Sequences, Transcript, in_chunks, pack, play, sample, texts
 from .stopping import ARMS, Arm
 from .tasks import Task
 from .trackers import Tracker
 from .warmup import WarmUp, warm_up
 from .watch import Watch
+
+# Settings that a run may change when it goes on.
+WHERE_IT_RUNS = {"device", "threads", "parallel", "vllm_url", "save_every"}
 
 
 @dataclass
@@ -107,7 +111,8 @@ def train(
 
     Raises:
         TaskError: the task's environment failed. What came before is in `folder`.
-        CheckpointError: there are checkpoints, and none can be read.
+        CheckpointError: there are checkpoints, and none can be read, or they are of a run with
+            other settings.
     """
     try:
         run = Run(config, start, folder, progress, warn, mirrors)
@@ -179,7 +184,7 @@ class Run:
         """Sample a rollout batch, and what the updates need to know of it."""
         began, config, progress = time.perf_counter(), self.config, self.progress
         key = f"{config.seed} train {progress.rollouts}"
-        prompts = self.ranks.share(self.task.sample(config.prompts_per_batch, key))
+        prompts = self.ranks.share(sample(self.task, config.prompts_per_batch, key))
         episodes = [example for example in prompts for _ in range(config.num_generations)]
         # Of the first episode among all ranks': a whole number where one process has such a part.
         first = Fraction(self.ranks.rank * len(episodes), config.generation_batch_size)
@@ -196,6 +201,7 @@ class Run:
         )
         widths = self.ranks.gather(widths.to(device)).amax(0).tolist()
         sequences = pack(sampled, self.policy.tokenizer.pad, device, widths)
+        length_B = sequences.mask_BC.sum(dim=1).float()
         ended_B = torch.tensor([t.ended for t in sampled], device=device)
         if config.mask_truncated_completions:
             sequences = sequences._replace(mask_BC=mask_truncated(sequences.mask_BC, ended_B))
@@ -211,7 +217,7 @@ class Run:
         self.batch = Rollout(
             sequences.tokens_BT, sequences.attention_BT, sequences.mask_BC,
             logp_BC, ref_logp_BC, lse_BC, reward_B, self.ranks.share(advantage_B), ended_B,
-            torch.tensor([float(t.turns) for t in sampled], device=device),
+            torch.tensor([float(t.turns) for t in sampled], device=device), length_B,
         )  # fmt: skip
         progress.rollouts += 1
         progress.sequences += len(all_B)
@@ -305,7 +311,7 @@ class Run:
         if self.ranks.first:
             gate = self.arm.gate.state_dict()
             plain = {
-                "seed": self.config.seed, "arm": self.config.gate, "progress": asdict(progress),
+                "config": asdict(self.config), "progress": asdict(progress),
                 "gate.config": gate["config"], "schedule": self.schedule.state_dict(),
                 "arm.memory": self.arm.memory, "log_bytes": self.log.size,
             }  # fmt: skip
@@ -322,18 +328,16 @@ class Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Everything but weights and optimizer, which came first."""
-        for name in ("seed", "arm"):
-            mine = {"seed": self.config.seed, "arm": self.config.gate}[name]
-            if state[name] != mine:
+        saved = state.get("config", {})  # as JSON has it
+        for name, mine in json.loads(as_json(asdict(self.config))).items():
+            if name not in WHERE_IT_RUNS and saved.get(name) != mine:
                 raise CheckpointError(
-                    f"{name}: expected {mine!r}, the checkpoint has {state[name]!r}"
+                    f"{name}: expected {mine!r}, the checkpoint has {saved.get(name)!r}"
                 )
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
-        # By which way the gate comes to its energy depends on the number of ranks; and what it
-        # scores is the arm's to say.
-        mine = self.arm.gate.config
-        gate = state["gate.config"] | {"accumulate": mine.accumulate, "energy": mine.energy}
+        # By which way the gate comes to its energy depends on the number of ranks.
+        gate = state["gate.config"] | {"accumulate": self.arm.gate.config.accumulate}
         self.arm.gate.load_state_dict({"config": gate, "state": state["gate.state"]})
         self.arm.memory = state["arm.memory"]
         self.schedule.load_state_dict(state["schedule"])
@@ -383,9 +387,8 @@ def update_row(
         "grad_norm", "gate/energy", "gate/z", "gate/chi2", "gate/chi2_lower_bound",
         "dwd/lm_head", "dwd/middle", "dwd_total/lm_head", "dwd_total/middle",
     )  # fmt: skip
-    length_B = batch.mask_BC.sum(dim=1).float()
     of_episodes = torch.stack(
-        [batch.reward_B, batch.turns_B, length_B, 1.0 - batch.ended_B.float()]
+        [batch.reward_B, batch.turns_B, batch.length_B, 1.0 - batch.ended_B.float()]
     )
     reward, turns, length, truncated = ranks.gather(of_episodes.T).mean(dim=0).tolist()
     values = {name: float(whole(seen[name])) for name in names if name in seen}

@@ -60,7 +60,9 @@ def group_advantages(
     ("none": Dr. GRPO). A group of equals gets 0.
     """
     reward_PG = reward_B.view(-1, num_generations)
-    centred_B = (reward_PG - reward_PG.mean(dim=1, keepdim=True)).flatten()
+    # In fp64: the fp32 mean of eight times 0.6 is not 0.6, and Adam makes whole steps of the rest.
+    exact_PG = reward_PG.double()
+    centred_B = (exact_PG - exact_PG.mean(dim=1, keepdim=True)).float().flatten()
     if scale_rewards == "none":
         return centred_B
     if scale_rewards == "batch":

@@ -152,8 +152,7 @@ summary {{ cursor: pointer; margin: 1rem 0 .5rem }}
 </style></head><body>
 <h1>{title}</h1>{notice}<ul>{verdict}</ul>{table}
 <p><small>{meanings}.</small></p>
-<p>{accuracy} Every arm of a seed has the same warm start, the same prompts and the same number of
-rollout batches.</p>
+<p>{accuracy} Every arm of a seed has the same warm start{shared}.</p>
 {more}{plots}{episodes}
 <h2>Settings</h2><pre>{settings}</pre></body></html>
 """
@@ -175,11 +174,18 @@ def page(summary: Summary, plots: Plots, logs: Logs, absent: Sequence[str]) -> s
         table=grid(COLUMNS, table(summary)),
         meanings=html.escape(meanings(summary)),
         accuracy=html.escape(what_accuracy_is(summary)),
+        shared=" and meets the same prompts, in as many rollout batches" if alike(summary) else "",
         more=by_seed(summary) if len(seeds) > 1 else "",
         plots=images,
         episodes=sampled_episodes(logs, gated(summary)),
         settings=html.escape(json.dumps(settings(summary), indent=2)),
     )
+
+
+def alike(summary: Summary) -> bool:
+    """Do all arms draw the same prompts?"""
+    drawn = ("rollout_batches", "prompts_per_batch")
+    return len({tuple(c[name] for name in drawn) for c in summary["config"].values()}) < 2
 
 
 def grid(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -219,10 +225,10 @@ def by_seed(summary: Summary) -> str:
     heads = ["", *(f"seed {seed}" for seed in seeds), "mean ± standard error"]
     text = f"<h2>Differences by seed, in points</h2>{grid(heads, lines)}" if lines else ""
     parts = list(dict.fromkeys(part for run in summary["runs"] for part in run["seconds"]))
-    order = in_order(summary)
+    order, goals = in_order(summary), finished(summary, "single_use")
     runs = [
         [style(run["arm"])[0] + ("" if run["finished"] else " (cut)"), str(run["seed"])]
-        + line("", [run])[1:]
+        + line("", [run], [run] if run["seed"] in goals else [])[1:]
         + [f"{run['seconds'].get(part, 0.0):.1f}" for part in parts]
         for run in sorted(summary["runs"], key=lambda run: order.index(run["arm"]))
     ]

@@ -67,7 +67,7 @@ def table(summary: Summary) -> list[list[str]]:
     """One line of text per arm, under COLUMNS."""
     arms = {arm: counted(summary, arm) for arm in in_order(summary)}
     most = max(map(len, arms.values()), default=0)
-    goal = any(run["finished"] for run in arms.get("single_use", ()))
+    goals = finished(summary, "single_use")
     lines = []
     for arm, runs in arms.items():
         name = style(arm)[0]
@@ -75,12 +75,12 @@ def table(summary: Summary) -> list[list[str]]:
             name += f" (cut at {runs[0]['rollouts']})"
         elif len(runs) < most:
             name += f" ({len(runs)} of {most} seeds)"
-        lines.append(line(name, runs, goal))
+        lines.append(line(name, runs, [run for run in runs if run["seed"] in goals]))
     return lines
 
 
-def line(name: str, runs: Sequence[Row], goal: bool = True) -> list[str]:
-    """`runs` of one arm under COLUMNS; with single use among the arms there is a goal."""
+def line(name: str, runs: Sequence[Row], with_goal: Sequence[Row]) -> list[str]:
+    """`runs` of one arm under COLUMNS; there is a goal in the seeds that single use finished."""
     seconds = _mean(runs, "wall_s")
     return [
         name,
@@ -90,7 +90,7 @@ def line(name: str, runs: Sequence[Row], goal: bool = True) -> list[str]:
         _spread(runs, "final_accuracy", 1, 100),
         _spread(runs, "late_accuracy", 1, 100),
         _spread(runs, "best_accuracy", 1, 100),
-        _to_goal(runs) if goal else "-",
+        _to_goal(with_goal) if with_goal else "-",
         f"{seconds:.{0 if seconds > 999 else 1}f}",
     ]
 

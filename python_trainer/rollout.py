@@ -64,6 +64,7 @@ class Rollout:
     advantage_B: Tensor
     ended_B: Tensor  # bool
     turns_B: Tensor
+    length_B: Tensor  # tokens of the policy
 
     @property
     def sequences(self) -> Sequences:
@@ -91,6 +92,19 @@ def pack(
         torch.cat([attention_BP, there_BC], dim=1).to(device),
         mask_BC.to(device),
     )
+
+
+def sample(task: Task, n: int, seed: str, held_out: bool = False) -> list[Example]:
+    """The task's examples.
+
+    Raises:
+        TaskError: they are not as many as were asked for.
+    """
+    examples = task.sample(n, seed, held_out)
+    if len(examples) != n:
+        kind = "held-out examples" if held_out else "examples"
+        raise TaskError(f"task {task.name}: expected {n} {kind}, got {len(examples)}")
+    return examples
 
 
 def play(
@@ -167,7 +181,7 @@ def expert(
 
 def texts(task: Task, n: int, config: TrainConfig) -> Iterator[str]:
     """What an embedded policy must be able to read and say: prompts, turns, answers."""
-    for example in task.sample(n, "tokenizer"):
+    for example in sample(task, n, "tokenizer"):
         turns = example.answer or ()
         with asking(task, config):
             _, written = play_out(task, example, turns)

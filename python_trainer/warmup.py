@@ -11,7 +11,7 @@ from .distributed import Ranks
 from .engine import TransformersEngine
 from .evaluate import Evaluator
 from .model import Policy
-from .rollout import expert, pack
+from .rollout import expert, pack, sample
 from .tasks import Task
 
 
@@ -44,7 +44,7 @@ def warm_up(policy: Policy, task: Task, config: TrainConfig) -> WarmUp:
             accuracy = evaluator.accuracy(policy, engine)
         if accuracy >= config.warmup_accuracy or step == config.warmup_max_steps:
             return WarmUp(step, accuracy, reached=accuracy >= config.warmup_accuracy)
-        drawn = task.sample(config.warmup_batch_size, f"{config.seed} warm-up {step}")
+        drawn = sample(task, config.warmup_batch_size, f"{config.seed} warm-up {step}")
         examples = [example for example in drawn if example.answer is not None]
         if not examples:
             raise TaskError(

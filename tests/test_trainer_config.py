@@ -44,6 +44,8 @@ WRONG = [
     ("hidden_size", 30, "multiple of"),
     ("task_options", [], "a dict"),
     ("model", "", "name"),
+    ("task", ["math"], "name"),
+    ("device", True, "name"),
     ("micro_batch_size", 0, "integer >= 1"),
     ("gradient_checkpointing", 1, "a bool"),
     ("parallel", "tensor", "one of ddp, fsdp2"),

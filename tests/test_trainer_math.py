@@ -22,6 +22,10 @@ from python_trainer.tasks import Example, make_task
 from python_trainer.warmup import warm_up
 
 
+class Exact(Digits):
+    exact = True
+
+
 @pytest.fixture(scope="module")
 def start():
     return prepare(TINY, Digits())
@@ -39,10 +43,6 @@ def played(request, start):
 @pytest.mark.parametrize("n", [2, 7])
 def test_all_ranks_make_as_many_forwards_of_an_evaluation(size, n):
     """Sharded weights are gathered in each: a rank with one more would wait for the others."""
-
-    class Exact(Digits):
-        exact = True
-
     torch.manual_seed(0)
     config = replace(TINY, micro_batch_size=size, eval_prompts=n)
     policy = new_policy(config, Exact())
@@ -286,6 +286,40 @@ def test_truncated_sequences_count_for_nothing():
     (gradient,) = torch.autograd.grad(loss.loss, logp)
     assert not gradient[~kept].any() and gradient[kept].all()
     assert loss.share_BC.sum().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scale_rewards", SCALES)
+def test_a_group_of_equals_has_no_advantage(scale_rewards):
+    """Whose mean fp32 misses by a rounding, of which Adam would make whole steps."""
+    for n in range(2, 17):
+        for reward in (a / b for b in range(1, 12) for a in range(b + 1)):
+            rewards = torch.cat([torch.full((n,), reward), torch.linspace(0, 1, n)])
+            advantage = group_advantages(rewards, n, scale_rewards)
+            assert not advantage[:n].any() and advantage[n:].any()
+
+
+class Unspeakable(Exact):
+    def sample(self, n, seed, held_out=False):
+        return [replace(e, answer=("été",)) for e in super().sample(n, seed, held_out)]
+
+
+class Few(Digits):
+    def sample(self, n, seed, held_out=False):
+        return super().sample(n, seed, held_out)[:3]
+
+
+def test_an_accuracy_that_could_not_be_reached_is_refused():
+    config = replace(TINY, warmup_max_steps=0)
+    with pytest.raises(TaskError, match="tokenizer can spell, got 'été', which is "):
+        prepare(config, Unspeakable())
+    with pytest.raises(TaskError, match="digits: expected 256 examples, got 3"):
+        prepare(config, Few())
+    policy = new_policy(TINY, Digits())
+    with pytest.raises(TaskError, match="digits: expected 8 held-out examples, got 3"):
+        Evaluator(Few(), policy, config, Ranks.alone())
+    short = replace(config, max_completion_length=2)
+    with pytest.raises(TaskError, match="room for the answer '12', of 3 tokens, got 2"):
+        Evaluator(Exact(), policy, short, Ranks.alone())
 
 
 @pytest.mark.parametrize("scale_rewards", SCALES)

@@ -306,6 +306,23 @@ def test_hostile_episodes_stay_text(make, no_pictures):
     ]  # fmt: skip
 
 
+def test_a_seed_whose_single_use_was_cut_has_no_goal_to_miss(make):
+    summary = make([0, 1], arms=("single_use", "dgg"), cut=[("single_use", 1)])
+    lines = {line[0]: line for line in table(summary)}
+    at = list(results.COLUMNS).index("to goal")
+    assert lines["DGG"][at] == "4 (2.0x)" and lines["Single use (1 of 2 seeds)"][at] == "4 (2.0x)"
+
+
+def test_arms_of_other_batches_are_not_said_to_meet_the_same_prompts(make, no_pictures):
+    said = "meets the same prompts, in as many rollout batches"
+    make([0])
+    assert said in written(make.out)[0]
+    summary = json.loads((make.out / "summary.json").read_text())
+    summary["config"]["dgg"]["prompts_per_batch"] = 2
+    write_json(make.out / "summary.json", summary)
+    assert said not in written(make.out)[0]
+
+
 def test_page_needs_nothing_from_outside(make):
     summary = make([0, 1], arms=("single_use", "dgg"), cut=[("dgg", 1)])
     summary["config"]["dgg"]["task_options"] = {"data": "</pre><script src=//x>"}

@@ -371,26 +371,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(start, tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(start, tmp_path):
     one_run(TINY, start, tmp_path)
-    with pytest.raises(CheckpointError, match="seed: expected 1, the checkpoint has 0"):
-        train(replace(TINY, seed=1), start, tmp_path, Progress())
-
-
-def test_a_checkpoint_from_before_the_loss_was_an_energy_is_gone_on_from(
-    start, tmp_path, monkeypatch
-):
-    config, save = replace(TINY, gate="gain", save_every=2), checkpoint.save
-
-    def older(folder, number, state):
-        save(folder, number, {**state, "gate.config": {**state["gate.config"], "energy": "head"}})
-
-    one_run(config, start, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", older)
-        one_run(config, start, tmp_path / "cut")
-    newest, _ = sorted((tmp_path / "cut" / "checkpoints").iterdir(), reverse=True)
-    shutil.rmtree(newest)
-    one_run(config, start, tmp_path / "cut")
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for name, other in (("seed", 1), ("learning_rate", 1e-5), ("rollout_batches", 12),
+                        ("loss_type", "gspo"), ("use_counts", (1, 2))):  # fmt: skip
+        with pytest.raises(CheckpointError, match=f"{name}: expected .*, the checkpoint has "):
+            train(replace(TINY, **{name: other}), start, tmp_path, Progress())
+    train(replace(TINY, save_every=7, threads=2), start, tmp_path, Progress())
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(start, tmp_path, monkeypatch):
@@ -508,3 +495,15 @@ def test_a_tied_heads_norm_is_not_taken_for_its_own(gate, start, tmp_path, monke
     monkeypatch.setattr(type(start.policy), "tied", True)
     _, rows = one_run(replace(TINY, gate=gate), start, tmp_path)
     assert all(math.isnan(r["gate/chi2_lower_bound"]) for r in rows if r["type"] == "update")
+
+
+def test_lengths_are_those_of_truncated_episodes_too(start, tmp_path):
+    """Though they are masked out of the loss."""
+    rows = {}
+    for masked in (False, True):
+        config = replace(TINY, mask_truncated_completions=masked, num_iterations=1)
+        one_run(config, start, tmp_path / str(masked))
+        rows[masked] = files.updates(files.read_metrics(tmp_path / str(masked) / "metrics.jsonl"))
+    plain, masked = rows[False][0], rows[True][0]
+    assert plain["truncated"] == masked["truncated"] > 0
+    assert plain["completion_length"] == masked["completion_length"] > 0
