@@ -350,6 +350,88 @@ def test_a_run_without_a_batch_leaves_nothing_to_resume(paths, tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+class Sampler:
+    """In place of TRL's vLLM: a model with the weights of the last sync, whose log-probs
+    are a little off, as another engine's are.
+    """
+
+    made: list[Sampler]
+
+    def __init__(self, model, processing_class, temperature, max_completion_length, **_):
+        self.trained, self.model = model, copy.deepcopy(model)
+        self.tokenizer, self.temperature = processing_class, temperature
+        self.limit, self.synced = max_completion_length, 0
+        self.random = torch.Generator().manual_seed(0)
+        self.made.append(self)
+
+    def sync_weights(self):
+        self.model.load_state_dict(self.trained.state_dict())
+        self.synced += 1
+
+    @torch.no_grad()
+    def generate(self, prompts, images, num_generations, profiler):
+        mine, weights = self.model.state_dict(), self.trained.state_dict()
+        assert all(mine[name].equal(weights[name]) for name in weights)
+        ids, logprobs = [], []
+        for prompt in prompts:
+            written = list(prompt)
+            chances = []
+            while len(written) < len(prompt) + self.limit and written[-1] != 1:
+                logits = self.model(torch.tensor([written])).logits[0, -1] / self.temperature
+                p = logits.softmax(-1)
+                written.append(int(torch.multinomial(p, 1, generator=self.random)))
+                chances.append([float(p[written[-1]].log()) + 0.1 * (len(chances) % 3 - 1)])
+            ids.append(written[len(prompt) :])
+            logprobs.append(chances)
+        return prompts, ids, logprobs, None
+
+
+@pytest.mark.parametrize("gate", [NEVER, EAGER, GAIN], ids=["off", "norm", "loss"])
+def test_vllm_samples(gate, paths, tmp_path, monkeypatch):
+    """Sampling by vLLM (a stand-in with its interface), with TRL's correction for its log-probs: it
+    is sent the weights before each batch of rollouts, and no refused update.
+    """
+    monkeypatch.setattr(trl.trainer.grpo_trainer, "VLLMGeneration", Sampler)
+    monkeypatch.setattr(Sampler, "made", [], raising=False)
+    options = {"use_vllm": True, "vllm_mode": "colocate", "max_steps": 16}
+    ours = gated(paths[False], tmp_path, gate, **options).train()
+    shut = shut_of(ours)
+    assert Sampler.made[0].synced == len(ours.prompts)
+    assert "sampling/importance_sampling_ratio/mean" in ours.rows[0]
+    if gate is NEVER:
+        stock = Run(paths[False], tmp_path, **options).train()
+        assert_same_run(stock, ours)
+        assert Sampler.made[1].synced == Sampler.made[0].synced == 4
+    else:
+        assert any(shut) and len(ours.prompts) > 4
+
+
+@pytest.mark.parametrize("gate", [NEVER, EAGER], ids=["off", "norm"])
+def test_episodes_of_ones_own_with_an_environments_tokens(gate, paths, tmp_path):
+    """Episodes made by a `rollout_func`, in which tokens of an environment are masked."""
+
+    from dgg_kernels.integrations.trl import DGGTrainer
+
+    def episodes(prompts, trainer):
+        random = torch.Generator().manual_seed(trainer.state.global_step)
+        ids = torch.randint(2, 38, (len(prompts), 6), generator=random).tolist()
+        return {
+            "prompt_ids": trainer.processing_class(text=prompts)["input_ids"],
+            "completion_ids": ids,
+            "logprobs": [[-1.0] * 6 for _ in ids],
+            "env_mask": [[1, 1, 0, 0, 1, 1] for _ in ids],
+        }
+
+    options = {"max_steps": 16, "own": {"rollout_func": episodes}}
+    stock = Run(paths[False], tmp_path, **options).train()
+    own = {"gate": gate, "head_options": {"grad_eps": 0.0}, "rollout_func": episodes}
+    ours = Run(paths[False], tmp_path, DGGTrainer, **{**options, "own": own}).train()
+    if gate is NEVER:
+        assert_same_run(stock, ours)
+    else:
+        assert any(shut_of(ours)) and len(ours.prompts) > len(stock.prompts)
+
+
 def test_a_checkpoint_of_another_trainer_is_refused(paths, tmp_path):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     Run(paths[False], tmp_path, **options).train()
