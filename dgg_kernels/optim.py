@@ -13,6 +13,8 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 _CAN_SKIP = (Adam, AdamW, SGD, Adagrad)
+# Their step does nothing: lomo_optim's, and what transformers puts in place of GaLore by layers.
+_IN_THE_BACKWARD = {"Lomo", "AdaLomo", "LayerWiseDummyOptimizer"}
 _REMEDY = (
     "use torch.optim.Adam, AdamW, SGD or Adagrad with fused=True, whose kernels read the flag on "
     "the device, or attach(..., host_gate=True), which waits for the device once per update"
@@ -65,6 +67,11 @@ def attach_optimizer(
     if getattr(optimizer, "_dgg_attached", False):
         raise ValueError(
             f"optimizer: {_name(optimizer)} is attached to a gate already: detach that one first"
+        )
+    if type(optimizer).__name__ in _IN_THE_BACKWARD:
+        raise TypeError(
+            f"optimizer: expected one that waits for its step, got {_name(optimizer)}, which "
+            "updates the weights in the backward, before a gate can see the gradient"
         )
     attached = AttachedOptimizer(optimizer, on_host=shut_on_host is not None)
     if shut_on_host is not None:

@@ -913,6 +913,14 @@ def test_an_optimizer_that_has_loaded_another_kind_is_refused_by_name():
     assert weight.eq(1.0).all()
 
 
+@pytest.mark.parametrize("host_gate", [False, True])
+def test_an_optimizer_that_updates_in_the_backward_is_refused(host_gate):
+    dummy = pytest.importorskip("transformers.trainer_pt_utils").LayerWiseDummyOptimizer()
+    gate = GradientGate(GateConfig(), torch.ones(5, 3))
+    with pytest.raises(TypeError, match="LayerWiseDummyOptimizer, which updates the weights in th"):
+        gate.attach(dummy, host_gate=host_gate)
+
+
 def test_a_gate_is_not_copied():
     gate = GradientGate(GateConfig(), torch.ones(5, 3))
     for copied in (copy.deepcopy, pickle.dumps):
