@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--arms", nargs="+", metavar="ARM", choices=ARMS, default=list(ARMS)[:3],
                         help=f"held to the first; of {list(ARMS)}")  # fmt: skip
-    parser.add_argument("--save", default="bias", help="benchmarks/results/NAME.json and NAME.png")
+    parser.add_argument("--save", metavar="NAME", help="benchmarks/results/NAME.json and NAME.png")
     args = parser.parse_args()
     console = Console()
     record: dict[str, Any] = {
@@ -130,13 +130,12 @@ def main() -> None:
             record["seeds"][seed] = curves(config, args.arms, lambda: progress.advance(bar))
             if seed:
                 record["verdict"] = verdict(record)
-            path = common.save(args.save, record)
-            plot(record, path.with_suffix(".png"))
+            if args.save:
+                plot(record, common.save(args.save, record).with_suffix(".png"))
     for name, v in record.get("verdict", {}).items():
         difference = f"{v['mean_difference']:+.4f} ± {v['standard_error']:.4f}"
         spread = f"(exact {v['exact_mean']:.4f}, spread over seeds {v['seed_spread']:.4f})"
         console.print(f"{name}: {difference} from exact {spread}")
-    console.print(f"written: {path} and its .png")
 
 
 if __name__ == "__main__":

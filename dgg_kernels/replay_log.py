@@ -11,6 +11,7 @@ gate shut.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import sys
 from dataclasses import replace
@@ -25,7 +26,7 @@ def read_energies(
     """What a gate scored, or could have scored, per rollout batch.
 
     Args:
-        path: of the log.
+        path: of the log; `.gz` is unpacked.
         mini_batches: updates a pass.
         signal: name of the number to take.
 
@@ -35,7 +36,8 @@ def read_energies(
     """
     batches: list[list[float]] = []
     batch, use = None, 0  # of the row before
-    with path.open(encoding="utf-8") as lines:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)

@@ -31,7 +31,12 @@ class Options:
 
 def main():
     parser = TrlParser((Options, GRPOConfig))
-    parser.set_defaults(num_iterations=8, logging_steps=1, max_completion_length=256)
+    # 16 prompts of 8 samples a batch. A decay planned for all eight uses would never end.
+    parser.set_defaults(
+        num_iterations=8, per_device_train_batch_size=16, gradient_accumulation_steps=8,
+        lr_scheduler_type="constant", num_train_epochs=1, logging_steps=1,
+        max_completion_length=256,
+    )  # fmt: skip
     options, args = parser.parse_args_and_config()
     problems = reasoning_gym.create_dataset(
         "chain_sum", size=4096, seed=args.seed, max_terms=3, max_digits=2

@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     compare.add_argument(
         "--arms", nargs="+", default=None, metavar="ARM",
-        help="single_use fixed_k4 fixed_k8 dgg random gain (default), shuffled, kl, chi2, "
+        help="default: single_use fixed_k4 fixed_k8 dgg random gain; others: shuffled, kl, chi2, "
         "gain_kl, log_ratio, global_norm, middle_norm, skip_step, zclip, or [arms.NAME] of the "
         "TOML file",
     )  # fmt: skip

@@ -44,6 +44,7 @@ from .model import check_model
 from .plots import PLOTS
 from .results import last_quarter
 from .rollout import play
+from .stopping import GATED, batches_to_fill
 from .tasks import make_task
 from .trackers import Tracker
 
@@ -256,6 +257,12 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
                     with progress_bar(console, "warm-up", None):
                         start = prepare(first, make_task(first.task, first.task_options))
                     warmups[str(seed)] = asdict(start.warmup)
+                if config.gate in GATED and batches_to_fill(config) >= config.rollout_batches:
+                    console.print(
+                        f"{label}: a gate's window of {config.score.window} does not fill in "
+                        f"{config.rollout_batches} rollout batches: it shuts nothing "
+                        "(--gate-window)"
+                    )
                 runs[name, seed] = progress = Progress()
                 stamp.clear()
                 write_summary()

@@ -276,6 +276,12 @@ def gate_config(config: TrainConfig, policy: Policy) -> GateConfig:
     )
 
 
+def batches_to_fill(config: TrainConfig) -> int:
+    """Rollout batches, used as often as may be, until the gate's window is full and it acts."""
+    passes = config.num_iterations - (config.gate_statistic == "increment")
+    return math.ceil(config.score.window / max(passes * config.mini_batches, 1))
+
+
 def continue_probability(mean_uses: float, cap: int) -> float:
     """q with 1 + q + … + q^(cap-1) = mean_uses: a geometric stop, cut at `cap` uses."""
     low, high = 0.0, 1.0

@@ -184,6 +184,8 @@ def test_a_loss_that_is_not_of_the_log_probs_alone_is_refused():
     assert model(**inputs, labels=labels, fused_lm_head=True).log_probs.shape == (2, 8)
     model = build("Llama")
     patch_lm_head(model)
+    with pytest.raises(ValueError, match="model: expected one that is not patched"):
+        patch_lm_head(model)
     with pytest.raises(ValueError, match="shift_labels: expected None on a patched model"):
         model(**inputs, labels=labels, shift_labels=labels)
     with pytest.raises(ValueError, match="output_router_logits: expected False"):

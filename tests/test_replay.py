@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -40,6 +41,12 @@ def test_table_and_plot(log, tmp_path):
     assert never == ["1e+09", "65", "64", "1", "2.909", "0.04545"]  # only the NaN shuts
     assert float(strict[3]) > 1
     assert (tmp_path / "out.png").stat().st_size > 5000
+
+
+def test_a_packed_log_is_read_as_it_is(log):
+    packed = log.with_name("metrics.jsonl.gz")
+    packed.write_bytes(gzip.compress(log.read_bytes()))
+    assert repr(read_energies(packed)) == repr(read_energies(log))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from python_trainer.files import (
     write_json,
 )
 from python_trainer.loop import Progress, prepare, train
-from python_trainer.stopping import ARMS, GATED, gate_config
+from python_trainer.stopping import ARMS, GATED, batches_to_fill, gate_config
 
 TOYS = {"digits": Digits, "echo": Echo, "fails": Fails}
 
@@ -266,6 +266,17 @@ def test_environment_that_raises_ends_in_one_line_and_resume_goes_on(tmp_path, c
     assert main(["eval", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert f"accuracy {summary['runs'][0]['final_accuracy']:.4f}" in said and "(reward" in said
+
+
+@pytest.mark.parametrize(("window", "fills"), [(9, True), (10, False)])
+def test_a_window_that_does_not_fill_is_said(window, fills, tmp_path):
+    """Four batches of three increments each: the gate would act from the fourth on, or never."""
+    config = replace(TINY, rollout_batches=4, gate_window=window)
+    assert batches_to_fill(config) == (3 if fills else 4)
+    compare.begin(compare.Plan({"dgg": config}, [0]), tmp_path)
+    compare.go_on(tmp_path, console := Console(file=io.StringIO(), width=200))
+    said = "dgg: a gate's window of 10 does not fill in 4 rollout batches: it shuts nothing"
+    assert (said in console.file.getvalue()) is not fills
 
 
 def test_what_a_policy_says_does_not_steer_the_terminal(tmp_path, monkeypatch):

@@ -189,9 +189,9 @@ def patch_lm_head(
         options: of `linear_logprob`: grad_eps, screen, gate. The gate sees passes with gradient.
 
     Raises:
-        ValueError: the head is not linear; the log-probs are not those of the model's logits, or
-            its loss is not theirs (compared once, on 8 tokens). By a call: it asks for a router's
-            loss, or gives `shift_labels`.
+        ValueError: the model is patched already; the head is not linear; the log-probs are not
+            those of the model's logits, or its loss is not theirs (compared once, on 8 tokens). By
+            a call: it asks for a router's loss, or gives `shift_labels`.
     """
     model = CausalHead(model).model
     gate: GradientGate | None = options.pop("gate", None)
@@ -199,6 +199,8 @@ def patch_lm_head(
         gate.check_weight(CausalHead(model).linear.weight)
     _check_call(model, {})
     before = model.forward
+    if hasattr(before, "fused_lm_head"):
+        raise ValueError("model: expected one that is not patched: .remove() the first patch")
     if getattr(before, "__self__", None) is model:
         own_forward = before.__func__  # to be bound to a copy, too
     else:  # Accelerate's hooks, say: bound already
@@ -257,6 +259,7 @@ def patch_lm_head(
         return log_probs(model, tokens, None, 1.0, tokens).logp[:, :-1]
 
     check_logprobs(model, checked, with_loss=not when_asked)
+    forward.fused_lm_head = True  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
     return PatchedHead(model, forward)
 
 
