@@ -80,7 +80,7 @@ def stages(device: str) -> list[Stage]:
         Stage("info", python("dgg_kernels.info"), 0.5, measures=False),
         Stage("tests", [*pytest(6 if gpu else 0), *tests], 3, measures=False),
         Stage("kernels", python("benchmarks.bench_kernels", *kernels, "--save", "kernels_gpu"), 2),
-        head("head", 2.5, *size, *rows, *policy),  # a peer's JIT takes a minute
+        head("head", 3.5, *size, *rows, *policy),  # a peer's JIT takes a minute
         Stage("gate", python("benchmarks.bench_gate", *on, *dtype, *size, *rows,
                              *(() if gpu else ("--rounds", "2")), "--save", "gate_gpu"), 1),
         Stage("step", python("benchmarks.bench_step", *on, *rounds, "--model",

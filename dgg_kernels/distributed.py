@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .lm_head import LogprobOutput, autocast, check_tensors, logprob_with_lse
+from .monitor import norm
 
 
 class _SumGradients(torch.autograd.Function):
@@ -128,6 +129,6 @@ def sharded_norm(gradient: Tensor, group: dist.ProcessGroup | None = None) -> Te
         gradient: this rank's part, any shape.
         group: the ranks; None: all.
     """
-    squared = torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+    squared = norm(gradient).square()
     dist.all_reduce(squared, group=group)
-    return squared.sqrt()
+    return squared.sqrt().float()

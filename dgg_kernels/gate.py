@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from . import _library
-from .optim import AttachedOptimizer, attach_optimizer
+from .monitor import norm
+from .optim import AttachedOptimizer, attach_optimizer, by_kind
 
 Slot = IntEnum(
     "Slot",
@@ -212,6 +213,10 @@ def _world() -> int:
     return torch.distributed.get_world_size() if distributed else 1
 
 
+def _capturing(state: Tensor) -> bool:
+    return state.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _alone() -> bool:
     """Whether the gradient that the kernel writes is the finished one: no other rank adds to it."""
     return _world() == 1
@@ -270,6 +275,7 @@ class GradientGate:
         self._scaler: torch.amp.GradScaler | None = None
         self._batches = 0  # calls of new_batch()
         self._awaits_step = self._foreseen = False
+        self._captured = False  # a decide(), in a CUDA graph
         self._seen_shut = False
 
     def _place(self, state: Tensor) -> None:
@@ -349,7 +355,8 @@ class GradientGate:
             shut_on_host=(lambda: self.is_shut(wait=True)) if host_gate else None,
         )
         self.max_grad_norm = max_grad_norm
-        self._scaler = scaler or self._scaler
+        if scaler is not None and scaler.is_enabled():
+            self._scaler = scaler
         self._optimizers.append(attached)
 
     def detach(self) -> None:
@@ -358,6 +365,7 @@ class GradientGate:
             attached.release()
         self._optimizers.clear()
         self.max_grad_norm = self._scaler = None
+        self._captured = False
         self._await_step(False)
 
     def new_batch(self) -> None:
@@ -446,13 +454,14 @@ class GradientGate:
                 squares = False
             total_norm = None
             # With a scaler, too: it leaves out the step of a gradient that is not finite.
-            if limit is not None or (self._scaler is not None and self._scaler.is_enabled()):
+            if limit is not None or self._scaler is not None:
                 total_norm = self.total_grad_norm() if grad_norm is None else grad_norm.detach()
                 total_norm = _same_on_all_ranks(total_norm.to(torch.float32).reshape(()))
             self._decide(signal, squares, total_norm, phase=2 if self._foreseen else 0)
         self._foreseen = False
         self._forget_backward()
         self._await_step(True)
+        self._captured |= _capturing(self._state)
 
     def _check_turn(self, name: str) -> None:
         if self._batches == 0:
@@ -603,22 +612,18 @@ class GradientGate:
 
         DTensors are summed over their shards; of a plain tensor this rank's part alone counts.
         """
-        grads = [
-            p.grad
+        parameters = {
+            id(p): p  # once, though two optimizers may have it
             for attached in self._optimizers
             for group in attached.optimizer.param_groups
             for p in group["params"]
-            if p.grad is not None
-        ]
-        # In two parts: torch adds no DTensor to a plain one.
-        plain = [g for g in grads if not hasattr(g, "full_tensor")]
-        sharded = [g for g in grads if hasattr(g, "full_tensor")]
-        norms = [_full(torch.nn.utils.get_total_norm(part)) for part in (plain, sharded) if part]
-        if not norms:
-            return torch.zeros_like(self.grad_scale)
-        if len(norms) == 1:  # to the bit what clip_grad_norm_ takes
-            return norms[0].to(self._state.device, torch.float32)
-        return torch.hypot(*(norm.to(self._state.device, torch.float32) for norm in norms))
+        }
+        parts = by_kind(p.grad for p in parameters.values())
+        norms = [_full(torch.nn.utils.get_total_norm(part)) for part in parts]
+        norms = [part.to(self._state.device, torch.float32) for part in norms]
+        if len(norms) == 2:
+            return torch.hypot(*norms)
+        return norms[0] if norms else torch.zeros_like(self.grad_scale)
 
     def _own_signal(self) -> tuple[Tensor, bool]:
         """The energy's partial squares and True, or the energy itself and False."""
@@ -645,16 +650,14 @@ class GradientGate:
         if scaled and not _alone():
             torch.distributed.all_reduce(gradient)
             gradient /= _world()  # DDP and FSDP average, too
-        # Row by row, then in fp64: one fp32 sum over all of it is off by a thousandth on a CPU.
-        rows = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
-        norm = _full(torch.linalg.vector_norm(rows, dtype=torch.float64))
+        energy = _full(norm(gradient))
         if scaled:
-            norm = norm / self._loss_scale()
-        return _same_on_all_ranks(norm).reshape(1), False
+            energy = energy / self._loss_scale()
+        return _same_on_all_ranks(energy).reshape(1), False
 
     def _loss_scale(self) -> Tensor:
         """What the kernel's gradient is still multiplied by: it was written before unscale_()."""
-        if self._scaler is None or not self._scaler.is_enabled():
+        if self._scaler is None:
             return self._one
         # get_scale() would wait for the device.
         scale = self._scaler._get_scale_async()  # pyright: ignore[reportPrivateUsage]
@@ -662,7 +665,7 @@ class GradientGate:
 
     def _is_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the scaler has not unscaled its gradient yet. A fused one sees it at its step."""
-        if self._scaler is None or not self._scaler.is_enabled():
+        if self._scaler is None:
             return False
         states = self._scaler._per_optimizer_states  # pyright: ignore[reportPrivateUsage]
         return states[id(optimizer)]["stage"] is OptState.READY
@@ -684,19 +687,24 @@ class GradientGate:
         # A scaler that found an Inf may leave the step out.
         self._awaits_step = decided and bool(self._optimizers) and self._scaler is None
 
-    def _steps(self, attached: AttachedOptimizer) -> None:
-        """What an attached optimizer calls before its step."""
+    def _steps(self, attached: AttachedOptimizer) -> bool:
+        """What an attached optimizer calls before its step: is there a decision for it?"""
         if self._backwards:
             raise RuntimeError(
                 "optimizer: step() came after a backward through linear_logprob(..., gate=gate) "
                 "without gate.decide() in between"
             )
-        if not attached.has_decision:
-            raise RuntimeError(
-                "optimizer: step() came without a gate.decide() of its own since new_batch(): flag "
-                "and clip scale would be another update's; detach() lets it step without the gate"
-            )
-        attached.has_decision = self._awaits_step = False
+        # A replay of a captured decide() is not heard of here.
+        if attached.has_decision or self._captured:
+            attached.has_decision = self._awaits_step = False
+            return True
+        # As torch.distributed.checkpoint does, to make an optimizer create its state.
+        if all(float(group.get("lr", 1.0)) == 0 for group in attached.optimizer.param_groups):
+            return False
+        raise RuntimeError(
+            "optimizer: step() came without a gate.decide() of its own since new_batch(): flag and "
+            "clip scale would be another update's; detach() lets it step without the gate"
+        )
 
     def _forget_backward(self) -> None:
         self._backwards, self._grad_was_empty = 0, False

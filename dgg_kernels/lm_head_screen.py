@@ -67,7 +67,8 @@ def above_threshold(
         if HAS_BIAS:
             raw += bias
         d = (scale_logits(raw, softcap, inv_temperature, SOFTCAP) - above) * LOG2_E
-        d = tl.maximum(d, -1e4)  # 0 log 0 = 0: a banned token has no part
+        # 0 log 0 = 0: a banned token has no part. A GPU's maximum drops a NaN, unless told not to.
+        d = tl.maximum(d, -1e4, propagate_nan=tl.PropagateNan.ALL)
     else:
         d = coded.to(tl.float32) * (step * (inv_temperature * LOG2_E)) * w_step - above * LOG2_E
     return d

@@ -37,13 +37,19 @@ class WeightDivergence:
         changes = {}
         for name, w in self._weights.items():
             for key, old in ((f"dwd/{name}", self._last), (f"dwd_total/{name}", self._first)):
-                changes[key] = _norm(w - old[name]) / _norm(old[name])
+                old[name] = old[name].to(w.device)
+                changes[key] = (norm(w - old[name]) / norm(old[name])).float()
             self._last[name].copy_(w)
         return changes
 
 
-def _norm(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(t, dtype=torch.float32)
+def norm(t: Tensor) -> Tensor:
+    """Frobenius norm of bf16, fp16 or fp32 values, 0-dim fp64; of a DTensor's, a DTensor.
+
+    Row by row, then in fp64: one fp32 sum over a large head is off by a thousandth on a CPU.
+    """
+    rows = torch.linalg.vector_norm(t, dim=-1, dtype=torch.float32) if t.dim() > 1 else t
+    return torch.linalg.vector_norm(rows, dtype=torch.float64)
 
 
 def chi2(weights: Tensor) -> Tensor:

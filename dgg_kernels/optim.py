@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 _CAN_SKIP = (Adam, AdamW, SGD, Adagrad)
 # Their step does nothing: lomo_optim's, and what transformers puts in place of GaLore by layers.
@@ -43,7 +43,7 @@ def attach_optimizer(
     optimizer: Any,
     found_inf: Tensor,
     grad_scale: Tensor | None,
-    steps: Callable[[AttachedOptimizer], None],
+    steps: Callable[[AttachedOptimizer], bool],
     shut_on_host: Callable[[], bool] | None = None,
 ) -> AttachedOptimizer:
     """Make `optimizer.step()` read `found_inf` (skip) and `grad_scale` (divide the gradient by it).
@@ -52,9 +52,9 @@ def attach_optimizer(
     found_inf == 1.0 parameters, moments and step counters keep their bits. Zeroing gradients would
     not do: AdamW then still moves the weights by momentum and decay.
 
-    `steps` is called before every step, compiled ones included, which does not happen if it raises.
-    With `shut_on_host`
-    the optimizer's step is not called when that says so, whatever it is.
+    `steps` is called before every step, compiled ones included, or after its closure. If it raises,
+    the step does not happen; if it says no, it happens as if there were no gate. With
+    `shut_on_host` the optimizer's step is not called when that says so, whatever it is.
     """
     while _is_accelerates(optimizer):  # on the wrapper the attributes would do nothing
         if shut_on_host is not None and optimizer.scaler is not None:
@@ -101,10 +101,9 @@ def _skip_on_device(
     attached: AttachedOptimizer,
     found_inf: Tensor,
     grad_scale: Tensor | None,
-    steps: Callable[[AttachedOptimizer], None],
+    steps: Callable[[AttachedOptimizer], bool],
 ) -> None:
-    @torch.compiler.disable
-    def before(optimizer: Any, *_: Any) -> None:
+    def set_flag(optimizer: Any) -> None:
         _check_can_skip(optimizer)  # load_state_dict may have changed it
         # Set at every step: a GradScaler puts its own here and deletes both afterwards.
         theirs = getattr(optimizer, "found_inf", None)
@@ -114,11 +113,27 @@ def _skip_on_device(
                 "optimizer: the gradient is still multiplied by the loss scale: call "
                 "scaler.unscale_(optimizer) before gate.decide()"
             )
-        steps(attached)
+        if not steps(attached):
+            optimizer.found_inf = optimizer.grad_scale = None
+            return
         optimizer.found_inf = found_inf
         if theirs is not None and theirs is not found_inf:
             optimizer.found_inf = torch.maximum(found_inf, (theirs.to(found_inf) != 0).float())
         optimizer.grad_scale = grad_scale
+
+    @torch.compiler.disable
+    def before(optimizer: Any, args: Any, kwargs: Any) -> Any:
+        _, closure, *_ = (*args, kwargs.get("closure"))
+        if closure is None:
+            set_flag(optimizer)
+            return None
+
+        def decided() -> Any:  # in the closure, perhaps
+            loss = closure()
+            set_flag(optimizer)
+            return loss
+
+        return (optimizer,), {"closure": decided}
 
     def release() -> None:
         for name in ("found_inf", "grad_scale"):
@@ -126,13 +141,14 @@ def _skip_on_device(
                 delattr(attached.optimizer, name)
 
     attached.on_release(release)
-    attached.on_release(attached.optimizer.register_step_pre_hook(before).remove)
+    hook: Any = before
+    attached.on_release(attached.optimizer.register_step_pre_hook(hook).remove)
 
 
 def _skip_on_host(
     attached: AttachedOptimizer,
     grad_scale: Tensor | None,
-    steps: Callable[[AttachedOptimizer], None],
+    steps: Callable[[AttachedOptimizer], bool],
     shut: Callable[[], bool],
 ) -> None:
     optimizer = attached.optimizer
@@ -145,14 +161,14 @@ def _skip_on_host(
     def gated_step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
         if released:  # and kept by a schedule that was built since
             return step(*args, **kwargs)
-        steps(attached)
+        if not steps(attached):
+            return step(*args, **kwargs)
         if shut():
             return None
         if grad_scale is not None:
             groups = optimizer.param_groups
-            grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-            if grads:
-                torch._foreach_div_(grads, grad_scale)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+            for part in by_kind([p.grad for group in groups for p in group["params"]]):
+                torch._foreach_div_(part, grad_scale)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
         return step(*args, **kwargs)
 
     # A bound method, as a schedule that wraps it in its turn wants it.
@@ -171,6 +187,15 @@ def _skip_on_host(
     attached.on_release(release)
 
 
+def by_kind(grads: Iterable[Tensor | None]) -> list[list[Tensor]]:
+    """Those that are there, plain tensors and DTensors apart: torch takes no mixed list."""
+    kinds: dict[bool, list[Tensor]] = {}
+    for grad in grads:
+        if grad is not None:
+            kinds.setdefault(hasattr(grad, "full_tensor"), []).append(grad)
+    return [*kinds.values()]
+
+
 class GatedScheduler:
     """Steps a learning-rate schedule once per applied update, instead of once per attempt.
 
@@ -184,7 +209,8 @@ class GatedScheduler:
     """
 
     def __init__(self, scheduler: LRScheduler, applied_updates: Callable[[], int]) -> None:
-        if not isinstance(getattr(scheduler, "last_epoch", None), int):
+        counts = isinstance(getattr(scheduler, "last_epoch", None), int)
+        if not counts or isinstance(scheduler, ReduceLROnPlateau):
             raise TypeError("scheduler: expected one that counts its steps in `last_epoch`, "
                             f"got {type(scheduler).__name__}")  # fmt: skip
         self.scheduler = scheduler

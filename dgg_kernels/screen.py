@@ -145,7 +145,7 @@ def _count_step(optimizer: Optimizer, *_: object) -> None:
     for of_weight in list(_copies.data.values()):  # at once: another thread may add one
         for kind, kept in list(of_weight.items()):
             if skipped is None or skipped.device != kept.codes[0].device:
-                del of_weight[kind]
+                of_weight.pop(kind, None)  # unless another thread has
             else:
                 now = (skipped == 1.0).float()
                 kept.unchanged = now if kept.unchanged is None else now * kept.unchanged

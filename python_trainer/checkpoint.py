@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .config import CheckpointError, one_line
+from .config import CheckpointError, TrainConfig, one_line
 from .distributed import Ranks
 from .files import as_json, write_json
 
 KEEP = 2  # the newest, and one to fall back on
+# Settings that a run may change when it goes on: where it runs, and what a fault may ask for.
+MAY_CHANGE = {"device", "threads", "parallel", "vllm_url", "save_every", "task_timeout",
+              "micro_batch_size", "gradient_checkpointing"}  # fmt: skip
 
 
 def training_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -143,10 +147,29 @@ def load(folder: Path, tensors: bool = True) -> tuple[dict[str, Any] | None, lis
     return None, complaints
 
 
-def progress_in(folder: Path) -> dict[str, Any] | None:
-    """The counters that the newest checkpoint holds (None: there is none), without its tensors."""
+def check_settings(state: dict[str, Any], config: TrainConfig) -> None:
+    """Raise CheckpointError if it is of a run with other settings."""
+    saved = state.get("config", {})  # as JSON has it
+    for name, mine in json.loads(as_json(asdict(config))).items():
+        if name not in MAY_CHANGE and saved.get(name) != mine:
+            raise CheckpointError(
+                f"{name}: expected {mine!r}, the checkpoint has {saved.get(name)!r}"
+            )
+
+
+def progress_in(folder: Path, config: TrainConfig | None = None) -> dict[str, Any] | None:
+    """The counters that the newest checkpoint holds (None: there is none), without its tensors.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be read, or they are of a run with
+            other settings than `config`.
+    """
     state, _ = load(folder, tensors=False)
-    return None if state is None else state["progress"]
+    if state is None:
+        return None
+    if config is not None:
+        check_settings(state, config)
+    return state["progress"]
 
 
 def _numbered(folder: Path) -> list[Path]:

@@ -247,7 +247,7 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
                 folder = out / name / f"seed-{seed}"
                 if name in asked.match:
                     config = matched(config, folder.parents[1] / asked.match[name] / folder.name)
-                done = checkpoint.progress_in(folder / "checkpoints")
+                done = checkpoint.progress_in(folder / "checkpoints", config)
                 if done is not None and done["finished"]:
                     runs[name, seed] = Progress(**done)
                     continue

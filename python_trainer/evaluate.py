@@ -28,7 +28,7 @@ class Evaluator:
 
     Raises:
         TaskError: there are fewer examples than `eval_prompts`; or one whose only right answer the
-            policy cannot give, being longer than `max_completion_length` or not of its tokens.
+            policy cannot give: there is no room for it, or its tokens do not spell it.
     """
 
     def __init__(
@@ -48,19 +48,27 @@ class Evaluator:
             self.answers = [pack(part, policy.tokenizer.pad, config.device) for part in parts]
 
     def _check_answers(self) -> None:
-        tokenizer, limit = self.policy.tokenizer, self.config.max_completion_length
-        for text in (text for example in self.examples for text in example.answer or ()):
-            turn = tokenizer.turn(text)
-            if len(turn) > limit:
-                raise TaskError(
-                    f"max_completion_length: expected room for the answer {text!r}, of {len(turn)} "
-                    f"tokens, got {limit}"
-                )
-            if (read := tokenizer.decode(turn)) != text:
-                raise TaskError(
-                    f"task {self.task.name}: expected answers that the tokenizer can spell, got "
-                    f"{text!r}, which is {read!r} in its tokens"
-                )
+        tokenizer, config = self.policy.tokenizer, self.config
+        for example in self.examples:
+            used = len(tokenizer.prompt(example.prompt))
+            for text in example.answer or ():
+                turn = tokenizer.turn(text)
+                rooms = {
+                    "max_completion_length": config.max_completion_length,
+                    "max_context_length": config.max_context_length - used,
+                }
+                for name, room in rooms.items():
+                    if len(turn) > room:
+                        raise TaskError(
+                            f"{name}: expected room for the answer {text!r}, of {len(turn)} "
+                            f"tokens, got {room}"
+                        )
+                if (read := tokenizer.decode(turn)) != text:
+                    raise TaskError(
+                        f"task {self.task.name}: expected answers that the tokenizer can spell, "
+                        f"got {text!r}, which is {read!r} in its tokens"
+                    )
+                used += len(turn)
 
     @torch.no_grad()
     def accuracy(self, model: torch.nn.Module, engine: Engine) -> float:

@@ -7,7 +7,6 @@ run needs to go on is in `Run`: a checkpoint may fall between any two of its act
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,11 +22,11 @@ from dgg_kernels import GatedScheduler
 from dgg_kernels.monitor import WeightDivergence
 
 from . import checkpoint
-from .config import CheckpointError, TrainConfig
+from .config import TrainConfig
 from .distributed import Ranks, gathered, spread, whole
 from .engine import make_engine
 from .evaluate import Evaluator, shown
-from .files import MetricsLog, Row, as_json
+from .files import MetricsLog, Row
 from .loss import group_advantages, mask_truncated, policy_loss, token_shares
 from .model import Policy, load_policy
 from .rollout import Rollout, Sequences, Transcript, in_chunks, pack, play, sample, texts
@@ -36,9 +35,6 @@ from .tasks import Task
 from .trackers import Tracker
 from .warmup import WarmUp, warm_up
 from .watch import Watch
-
-# Settings that a run may change when it goes on.
-WHERE_IT_RUNS = {"device", "threads", "parallel", "vllm_url", "save_every"}
 
 
 @dataclass
@@ -166,6 +162,7 @@ class Run:
         for complaint in complaints:
             warn(complaint)
         if state is not None:  # before the gate sees the optimizer: loading steps it
+            checkpoint.check_settings(state, config)
             checkpoint.restore_weights(self.policy, state)
             checkpoint.restore_optimizer(self.policy, self.optimizer, state)
             self.divergence.update()
@@ -328,12 +325,6 @@ class Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Everything but weights and optimizer, which came first."""
-        saved = state.get("config", {})  # as JSON has it
-        for name, mine in json.loads(as_json(asdict(self.config))).items():
-            if name not in WHERE_IT_RUNS and saved.get(name) != mine:
-                raise CheckpointError(
-                    f"{name}: expected {mine!r}, the checkpoint has {saved.get(name)!r}"
-                )
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
         # By which way the gate comes to its energy depends on the number of ranks.

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import random
 from statistics import fmean, pstdev
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dgg_kernels import GateConfig, GradientGate
+from dgg_kernels.monitor import norm
 
 from .config import ConfigError, TrainConfig
 from .distributed import Ranks, whole
@@ -252,7 +254,8 @@ def norm_of(parameter: Tensor) -> Tensor:
     """Of its gradient, 0-dim, over all ranks; NaN of a frozen one."""
     if not parameter.requires_grad:
         return torch.full((), math.nan, device=parameter.device)
-    return whole(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+    gradient: Any = parameter.grad
+    return whole(norm(gradient))
 
 
 def gate_config(config: TrainConfig, policy: Policy) -> GateConfig:

@@ -39,3 +39,12 @@ def test_cuda_sources_compile_and_the_library_loads_beside_a_cpu_torch(tmp_path)
     )
     # The tool of triton 3.6 leaves the last letter out.
     assert set(re.findall(r"sm_\d+", listed.stdout)) == {"sm_80", "sm_90", "sm_100"}
+    # Where a thread of decide_kernel's 1024 has more, it cannot be launched.
+    used = subprocess.run(
+        [str(TOOLS / "cuobjdump"), "-res-usage", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    registers = [int(n) for n in re.findall(r"decide_kernel[^:]*:\s+REG:(\d+)", used.stdout)]
+    assert len(registers) >= 6 and max(registers) <= 64, used.stdout[-3000:]

@@ -121,5 +121,9 @@ def test_plain_and_sharded_gradients_are_clipped_by_one_norm(tmp_path):
                  for p in model.parameters()]  # fmt: skip
         expected = torch.nn.utils.get_total_norm(parts)
         torch.testing.assert_close(gate.total_grad_norm(), expected)
+        gate.new_batch()
+        gate.decide(energy=torch.tensor(1.0))
+        optimizer.step()
+        torch.testing.assert_close(gate.total_grad_norm(), torch.tensor(1.0))
     finally:
         torch.distributed.destroy_process_group()

@@ -14,6 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from dgg_kernels import GateConfig, GatedScheduler, GradientGate, linear_logprob, replay
 from dgg_kernels.gate import Slot
@@ -1120,6 +1124,75 @@ def test_a_decision_is_for_one_step_of_each_optimizer(host_gate):
     optimizer.step()
 
 
+@pytest.mark.parametrize("kind", ["fused", "host", "SGD"])
+def test_torchs_checkpoints_make_an_optimizers_state_behind_the_gate(kind):
+    """By a step of zeros at a rate of zero, which no decision comes before."""
+    model = torch.nn.Linear(4, 3)
+    kinds = {"SGD": torch.optim.SGD, "fused": torch.optim.AdamW, "host": torch.optim.AdamW}
+    optimizer = kinds[kind](model.parameters(), lr=0.1, fused=kind != "host")
+    gate = GradientGate(GateConfig(), model.weight)
+    gate.attach(optimizer, max_grad_norm=1.0, host_gate=kind == "host")
+    before = flat(everything(model, model, torch.optim.SGD(model.parameters())))
+    gate.new_batch()
+    gate.decide(energy=torch.tensor(math.nan))  # a first update that is shut
+    optimizer.step()
+    saved = get_optimizer_state_dict(model, optimizer)
+    set_optimizer_state_dict(model, optimizer, saved)
+    after = flat(everything(model, model, torch.optim.SGD(model.parameters())))
+    assert all(same_bits(a, b) for a, b in zip(before, after, strict=True))
+    assert all(group["lr"] == 0.1 for group in optimizer.param_groups)
+    assert gate.applied_updates() == 0
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"step\(\) came without a gate.decide\(\) of its own"):
+        optimizer.step()
+
+
+def test_a_closure_may_decide():
+    """As where a library hands forward and backward to the optimizer's step."""
+    _, head, optimizer, gate, backward = make()
+    gate.new_batch()
+
+    def closure(scale):
+        backward(scale)
+        gate.decide()
+        return torch.tensor(scale)
+
+    for scale in (1.0, 1.0, math.nan):
+        before = head.weight.detach().clone()
+        optimizer.step(lambda scale=scale: closure(scale))
+        assert torch.equal(before, head.weight) is math.isnan(scale)
+    assert gate.applied_updates() == 2
+    assert gate.metrics()["grad_norm"].isnan()  # of the refused one
+    with pytest.raises(RuntimeError, match=r"step\(\) came without a gate.decide\(\)"):
+        optimizer.step(lambda: torch.tensor(0.0))
+
+
+def test_a_parameter_of_two_optimizers_counts_once():
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    gate = GradientGate(GateConfig(), weight)
+    for _ in range(2):  # the second as if built anew in mid-run
+        gate.attach(torch.optim.SGD([weight], lr=0.1, fused=True), max_grad_norm=1.0)
+    weight.grad = torch.randn(4, 3)
+    torch.testing.assert_close(gate.total_grad_norm(), weight.grad.norm())
+
+
+def test_a_scaler_that_is_switched_off_is_none():
+    *_, gate, backward = make(energy="loss")
+    optimizer = gate._optimizers[0].optimizer
+    gate.detach()
+    gate.attach(optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    gate.new_batch()
+    gate.foresee(torch.tensor(math.nan))
+    gate.decide()  # its backward was left out
+    optimizer.step()
+    gate.new_batch()
+    gate.foresee(torch.tensor(1.0))
+    backward()
+    gate.decide()
+    with pytest.raises(RuntimeError, match=r"step\(\) was not called since the last decide"):
+        gate.foresee(torch.tensor(1.0))
+
+
 def test_a_host_gated_optimizer_may_have_nothing_to_do():
     weight, idle = (torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2))
     gate = GradientGate(GateConfig(), weight)
@@ -1204,6 +1277,13 @@ def test_a_schedule_that_is_built_before_its_checkpoint_is_loaded_counts_on():
     assert its_inner.last_epoch == 6
     with pytest.raises(TypeError, match="scheduler: expected one that counts its steps"):
         GatedScheduler(torch.optim.lr_scheduler.ChainedScheduler([inner]), gate.applied_updates)
+
+
+def test_a_schedule_that_waits_for_a_metric_is_refused():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    with pytest.raises(TypeError, match=r"expected one that counts its steps .* ReduceLROnPlateau"):
+        GatedScheduler(schedule, lambda: 0)
 
 
 def test_the_schedule_counts_applied_updates():

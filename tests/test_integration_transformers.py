@@ -227,7 +227,35 @@ def test_a_forward_that_is_bound_already_stays_what_it_was(kind):
         torch.testing.assert_close(model(**inputs, labels=labels).loss, expected.loss)
         torch.testing.assert_close(model(tokens, inputs["attention_mask"]).logits, expected.logits)
         assert model.generate(tokens, max_new_tokens=3).equal(sampled)
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.lm_head.weight.zero_()
+        assert kind == "compiled" or not other(**inputs).logits.any()  # the copy's own weights
     torch.testing.assert_close(model(**inputs).logits, expected.logits)
+
+
+def test_a_copy_is_not_gated():
+    model, (inputs, labels) = build("Llama"), batch()
+    gate = GradientGate(GateConfig(), model.lm_head.weight)
+    patch_lm_head(model, gate=gate)
+    other = copy.deepcopy(model)
+    gate.new_batch()
+    other(**inputs, labels=labels).loss.backward()
+    with pytest.raises(RuntimeError, match="decide: no backward through linear_logprob"):
+        gate.decide()
+    gate.decide(energy=torch.tensor(math.nan))
+    assert gate.is_shut() and other(**inputs, labels=labels).loss > 0.1
+
+
+def test_accelerate_does_not_unwrap_the_patch():
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test's
+    model, (inputs, labels) = build("Llama"), batch()
+    patch_lm_head(model)
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    bare = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert bare(**inputs, labels=labels).log_probs.shape == (2, 8)
 
 
 def test_a_model_that_names_no_base_is_read_by_its_decoder():
@@ -449,10 +477,13 @@ def test_a_stop_in_the_midst_of_an_update_leaves_the_arguments_as_they_were(tmp_
         def on_substep_end(self, args, state, control, **_):
             control.should_training_stop = True
 
-    made = trainer(tmp_path, threshold=math.inf, gradient_accumulation_steps=2)
+    options = {"gradient_accumulation_steps": 2, "save_strategy": "epoch"}
+    made = trainer(tmp_path, threshold=math.inf, **options)
     made.add_callback(Stop())
     made.train()
     assert made.args.max_grad_norm == 0.5
+    (saved,) = tmp_path.glob("checkpoint-*/training_args.bin")
+    assert torch.load(saved, weights_only=False).max_grad_norm == 0.5
 
 
 def test_replicas_are_refused(tmp_path):

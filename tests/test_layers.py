@@ -24,8 +24,8 @@ ARROWS = {
     "screen": {"lm_head_screen"},  # at its first call
     "lm_head": {"lm_head_chunked", "gate", "screen"},  # and the Triton files, at their first call
     "cross_entropy": {"lm_head"},
-    "distributed": {"lm_head"},
-    "gate": {"_library", "optim"},
+    "distributed": {"lm_head", "monitor"},
+    "gate": {"_library", "monitor", "optim"},
     "info": {"__init__", "_library", "gate", "lm_head"},
     "replay_log": {"__init__", "gate"},
     "__init__": {"_library", "cross_entropy", "gate", "lm_head", "optim"},

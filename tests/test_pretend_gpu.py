@@ -231,6 +231,35 @@ def test_a_gate_follows_its_weight_to_where_it_is_attached(gpu, monkeypatch):
         GradientGate(GateConfig(), head.weight)
 
 
+def test_an_eager_step_follows_a_replayed_decision(gpu):
+    """As of an optimizer that cannot be captured: a replay tells the host of no decision."""
+    x, weight, y = on_gpu.inputs(8, 40, 16, torch.float32)[:3]
+    weight = torch.nn.Parameter(weight)
+    gate = GradientGate(GateConfig(threshold=math.inf), weight)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    gate.attach(optimizer, max_grad_norm=1.0)
+
+    def decided():
+        optimizer.zero_grad(set_to_none=True)
+        linear_logprob(x, weight, y, gate=gate, grad_eps=0.0).logp.mean().backward()
+        gate.decide()
+
+    gate.new_batch()
+    decided()
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decided()
+    for broken in (False, True):
+        gate.new_batch()
+        if broken:
+            x[1] = math.nan
+        before = weight.detach().cpu()
+        graph.replay()
+        optimizer.step()
+        assert weight.detach().cpu().equal(before) is broken
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_several_ranks_hear_of_a_shut_gate_at_the_same_use(ranks, gpu, monkeypatch):
     gate = GradientGate(GateConfig(), torch.zeros(4, 2, device="cuda"))

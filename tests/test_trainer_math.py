@@ -318,8 +318,11 @@ def test_an_accuracy_that_could_not_be_reached_is_refused():
     with pytest.raises(TaskError, match="digits: expected 8 held-out examples, got 3"):
         Evaluator(Few(), policy, config, Ranks.alone())
     short = replace(config, max_completion_length=2)
-    with pytest.raises(TaskError, match="room for the answer '12', of 3 tokens, got 2"):
+    with pytest.raises(TaskError, match=r"max_completion_length: .* '12', of 3 tokens, got 2"):
         Evaluator(Exact(), policy, short, Ranks.alone())
+    cramped = replace(config, max_context_length=4)
+    with pytest.raises(TaskError, match=r"max_context_length: .* '12', of 3 tokens, got "):
+        Evaluator(Exact(), policy, cramped, Ranks.alone())
 
 
 @pytest.mark.parametrize("scale_rewards", SCALES)

@@ -384,10 +384,12 @@ def test_a_checkpoint_of_another_run_is_refused(start, tmp_path):
     one_run(TINY, start, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     for name, other in (("seed", 1), ("learning_rate", 1e-5), ("rollout_batches", 12),
-                        ("loss_type", "gspo"), ("use_counts", (1, 2))):  # fmt: skip
+                        ("loss_type", "gspo"), ("use_counts", (1, 2)),
+                        ("hidden_size", 32)):  # fmt: skip
         with pytest.raises(CheckpointError, match=f"{name}: expected .*, the checkpoint has "):
             train(replace(TINY, **{name: other}), start, tmp_path, Progress())
-    train(replace(TINY, save_every=7, threads=2), start, tmp_path, Progress())
+    other = {"save_every": 7, "threads": 2, "task_timeout": 9.0, "micro_batch_size": 2}
+    train(replace(TINY, **other), start, tmp_path, Progress())
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -506,6 +508,23 @@ def test_a_tied_heads_norm_is_not_taken_for_its_own(gate, start, tmp_path, monke
     monkeypatch.setattr(type(start.policy), "tied", True)
     _, rows = one_run(replace(TINY, gate=gate), start, tmp_path)
     assert all(math.isnan(r["gate/chi2_lower_bound"]) for r in rows if r["type"] == "update")
+
+
+def test_a_finished_arm_is_not_shown_with_other_settings(tmp_path):
+    config = replace(TINY, rollout_batches=1)
+    compare.begin(compare.Plan({"dgg": config}, [0]), tmp_path)
+    compare.go_on(tmp_path, Console(quiet=True))
+    edited = (tmp_path / "run.json").read_text().replace('"beta": 0.0', '"beta": 0.5')
+    (tmp_path / "run.json").write_text(edited)
+    with pytest.raises(CheckpointError, match=r"beta: expected 0.5, the checkpoint has 0.0"):
+        compare.go_on(tmp_path, Console(quiet=True))
+
+
+def test_saving_before_the_first_applied_update(start, tmp_path):
+    """torch makes the optimizer's state by a step of its own then."""
+    config = replace(TINY, gate="shuffled", use_counts=(0,) * 6, save_every=1)
+    progress, _ = one_run(config, start, tmp_path)
+    assert progress.finished and progress.updates_applied == 0
 
 
 def test_lengths_are_those_of_truncated_episodes_too(start, tmp_path):

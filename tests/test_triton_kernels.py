@@ -497,6 +497,15 @@ def test_the_screens_sums_and_gradients_are_unbiased(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_in_the_bias_is_in_every_rows_distribution(kind):
+    case = Case.random(9, 700, 64, FP32, bias=True)
+    case.bias[5] = torch.nan
+    logp, entropy, lse, *_ = screened(case, kind, 2**-6)
+    kept = case.target >= 0
+    assert all(out[kept].isnan().all() for out in (logp, entropy, lse))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_the_screen_does_not_suit_are_exact(kind):
     case = Case.random(17, 1024, 64, FP32, entropy=True, scale=2.0)
     case.hidden[0] *= 300.0  # logits of magnitude 600: a screen off by whole nats

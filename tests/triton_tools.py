@@ -63,7 +63,7 @@ NARROW = {
 
 
 def repair_interpreter() -> None:
-    """Makes the interpreter of triton 3.6 to 3.9 right for bf16 and fp8: casts, tl.dot, constants.
+    """Makes the interpreter of triton 3.6 to 3.9 right for bf16, fp8, NaN: casts, tl.dot, maxima.
 
     It keeps them as raw integers, and multiplies those. Elementwise arithmetic on them stays wrong:
     kernels cast to fp32 first. Also lets `range` take runtime values under numpy >= 2.4.
@@ -100,6 +100,9 @@ def repair_interpreter() -> None:
     builder.cast_impl = cast
     builder.create_fp_to_fp = fp_to_fp
     builder.create_dot = lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
+    # A GPU's maximum of a NaN and a number is the number.
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     builder.get_bf16 = lambda self, value: handle(
         fp32_to_bf16(np.array([value], np.float32)), tl.bfloat16
     )

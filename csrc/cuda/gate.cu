@@ -21,9 +21,10 @@ namespace {
 constexpr int THREADS = 1024;
 
 template <typename T>
-__global__ void decide_kernel(double* state, int64_t size, const T* signal, int64_t count,
-                              bool squares, const float* total_norm, double max_grad_norm,
-                              float* found_inf, float* grad_scale, double* header, int64_t phase) {
+__global__ void __launch_bounds__(THREADS)
+    decide_kernel(double* state, int64_t size, const T* signal, int64_t count, bool squares,
+                  const float* total_norm, double max_grad_norm, float* found_inf,
+                  float* grad_scale, double* header, int64_t phase) {
   __shared__ double partial[THREADS];
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += THREADS) sum += (double)signal[i];

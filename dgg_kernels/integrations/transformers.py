@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import inspect
 import math
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -143,8 +144,11 @@ class LogprobModelOutput(ModelOutput):
 class PatchedHead:
     """A patched model: `remove()`, or the end of a `with` block, gives its old forward back."""
 
-    def __init__(self, model: Any, forward: Callable[..., Any]) -> None:
+    def __init__(self, model: Any, forward: Callable[..., Any], keep_as: str) -> None:
         self._model, self._before = model, model.__dict__.get("forward")
+        # On the model: a copy of it gets a copy, which is bound to the copy.
+        self._kept_as = keep_as
+        setattr(model, keep_as, model.forward)
         self._forward = model.forward = types.MethodType(forward, model)
 
     def remove(self) -> None:
@@ -156,6 +160,7 @@ class PatchedHead:
         if self._model.__dict__.get("forward") is not self._forward:
             raise RuntimeError("model: its forward was replaced after patch_lm_head: undo that")
         del self._model.forward
+        delattr(self._model, self._kept_as)
         if self._before is not None:
             self._model.forward = self._before
 
@@ -186,7 +191,8 @@ def patch_lm_head(
         float32: run a float32 head in float32 even under autocast.
         when_asked: leave calls with labels as they were, too, but those with `fused_lm_head=True`,
             as TRL's trainers make them.
-        options: of `linear_logprob`: grad_eps, screen, gate. The gate sees passes with gradient.
+        options: of `linear_logprob`: grad_eps, screen, gate. The gate sees passes with gradient of
+            this model, and of no copy of it.
 
     Raises:
         ValueError: the model is patched already; the head is not linear; the log-probs are not
@@ -194,19 +200,15 @@ def patch_lm_head(
             a call: it asks for a router's loss, or gives `shift_labels`.
     """
     model = CausalHead(model).model
+    original = weakref.ref(model)
     gate: GradientGate | None = options.pop("gate", None)
     if gate is not None:
         gate.check_weight(CausalHead(model).linear.weight)
     _check_call(model, {})
-    before = model.forward
-    if hasattr(before, "fused_lm_head"):
+    if hasattr(model.forward, "takes_labels_for_log_probs"):
         raise ValueError("model: expected one that is not patched: .remove() the first patch")
-    if getattr(before, "__self__", None) is model:
-        own_forward = before.__func__  # to be bound to a copy, too
-    else:  # Accelerate's hooks, say: bound already
-
-        def own_forward(_: Any, *args: Any, **inputs: Any) -> Any:
-            return before(*args, **inputs)
+    # Others may lie between, as of a trainer that had the model before.
+    own_forward = f"_own_forward_{sum(name.startswith('_own_forward_') for name in vars(model))}"
 
     def log_probs(
         model: Any, labels: Tensor, lse_ref: Tensor | None, scale: float, *args: Any, **inputs: Any
@@ -226,12 +228,10 @@ def patch_lm_head(
                 temperature=scale,
                 ignore_index=IGNORE,
                 lse_ref=lse_ref,
-                gate=gate if torch.is_grad_enabled() else None,
+                gate=gate if torch.is_grad_enabled() and model is original() else None,
                 **options,
             )
 
-    # generate() looks the arguments up in the signature.
-    @functools.wraps(type(model).forward)
     def forward(
         self: Any,
         *args: Any,
@@ -242,11 +242,11 @@ def patch_lm_head(
         **inputs: Any,
     ) -> Any:
         if labels is None:
-            return own_forward(self, *args, **inputs)
+            return getattr(self, own_forward)(*args, **inputs)
         if not fused_lm_head:
             if num_items_in_batch is not None:
                 inputs["num_items_in_batch"] = num_items_in_batch
-            return own_forward(self, *args, labels=labels, **inputs)
+            return getattr(self, own_forward)(*args, labels=labels, **inputs)
         _check_call(self, inputs)
         out = log_probs(self, labels, lse_ref, temperature, *args, **inputs)
         count = num_items_in_batch
@@ -255,12 +255,15 @@ def patch_lm_head(
         mean = -out.logp.sum() / count
         return LogprobModelOutput(mean, out.logp[:, :-1], out.entropy[:, :-1], out.lse[:, :-1])
 
+    forward.takes_labels_for_log_probs = True  # pyright: ignore[reportFunctionMemberAccess]
+    # generate() looks the arguments up there. Not by functools.wraps: Accelerate would unwrap it.
+    forward.__signature__ = inspect.signature(type(model).forward)  # pyright: ignore[reportFunctionMemberAccess]
+
     def checked(tokens: Tensor) -> Tensor:
         return log_probs(model, tokens, None, 1.0, tokens).logp[:, :-1]
 
     check_logprobs(model, checked, with_loss=not when_asked)
-    forward.fused_lm_head = True  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
-    return PatchedHead(model, forward)
+    return PatchedHead(model, forward, own_forward)
 
 
 def _check_call(model: Any, inputs: dict[str, Any]) -> None:
@@ -342,6 +345,10 @@ class DGGCallback(TrainerCallback, ExportableState):
         """Give the arguments their `max_grad_norm` back, if an update was broken off."""
         if self._max_grad_norm is not None:
             args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, None
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give back what an update holds that was broken off, before a checkpoint is written."""
+        self.restore(args)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell Accelerate of a skipped step, as its loss scaler does: the schedule waits."""

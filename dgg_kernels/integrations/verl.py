@@ -27,6 +27,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from dgg_kernels import GateConfig, GradientGate
+from dgg_kernels.monitor import norm
 
 from . import warn_of_single_use
 from .verl_head import use_linear_cross_entropy
@@ -222,10 +223,11 @@ class DGGEngine(FSDPEngineWithLMHead):
             return super().optimizer_step()
         if self.gate is None:
             raise RuntimeError("optimizer_step: call new_batch() when a batch of rollouts begins")
-        energy = None  # the fused head has told the gate
+        energy: Any = None  # the fused head has told the gate
         if not self._fused:
-            grad = self.gate.weight.grad
-            energy = torch.linalg.vector_norm(grad, dtype=torch.float32).full_tensor()
+            grad: Any = self.gate.weight.grad
+            sharded: Any = norm(grad)
+            energy = sharded.full_tensor()
         if self.gate.config.energy == "loss":
             self.gate.foresee(self._loss)
         self.gate.decide(energy)
@@ -266,15 +268,21 @@ class DGGEngine(FSDPEngineWithLMHead):
             return
         file = Path(local_path) / GATE_FILE
         # Another node may have another disk: all go on with what the first rank has found.
-        found = [None]
+        found: list[Any] = [None]
         if self.rank == 0 and file.is_file():
-            found = [torch.load(file, weights_only=True)]
+            try:
+                found = [torch.load(file, weights_only=True)]
+            except Exception as error:  # the others wait to hear of it, too
+                found = [ValueError(f"{file}: expected a gate's state ({error})")]
         dist.broadcast_object_list(found, src=0)
-        if found[0] is None:
+        saved = found[0]
+        if isinstance(saved, ValueError):
+            raise saved
+        if saved is None:
             return
-        self._saved = found[0]
+        self._saved = saved
         if self.gate is not None:
-            self.gate.load_state_dict(self._saved)
+            self.gate.load_state_dict(saved)
 
 
 def _not_covered(name: str, expected: object, got: object) -> ValueError:
