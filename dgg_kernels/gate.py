@@ -217,6 +217,15 @@ def _capturing(state: Tensor) -> bool:
     return state.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _makes_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it steps as torch.distributed.checkpoint lets it: of zeros, at a rate of zero."""
+    groups = optimizer.param_groups
+    if optimizer.state or not all(float(group.get("lr", 1.0)) == 0 for group in groups):
+        return False
+    grads = [p.grad for group in groups for p in group["params"]]
+    return any(g is not None for g in grads) and not any(g is not None and g.any() for g in grads)
+
+
 def _alone() -> bool:
     """Whether the gradient that the kernel writes is the finished one: no other rank adds to it."""
     return _world() == 1
@@ -696,10 +705,9 @@ class GradientGate:
             )
         # A replay of a captured decide() is not heard of here.
         if attached.has_decision or self._captured:
-            attached.has_decision = self._awaits_step = False
+            self._awaits_step = False
             return True
-        # As torch.distributed.checkpoint does, to make an optimizer create its state.
-        if all(float(group.get("lr", 1.0)) == 0 for group in attached.optimizer.param_groups):
+        if _makes_state(attached.optimizer):
             return False
         raise RuntimeError(
             "optimizer: step() came without a gate.decide() of its own since new_batch(): flag and "

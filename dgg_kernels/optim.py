@@ -114,7 +114,8 @@ def _skip_on_device(
                 "scaler.unscale_(optimizer) before gate.decide()"
             )
         if not steps(attached):
-            optimizer.found_inf = optimizer.grad_scale = None
+            optimizer.found_inf = None if theirs is found_inf else theirs
+            optimizer.grad_scale = None
             return
         optimizer.found_inf = found_inf
         if theirs is not None and theirs is not found_inf:
@@ -123,7 +124,8 @@ def _skip_on_device(
 
     @torch.compiler.disable
     def before(optimizer: Any, args: Any, kwargs: Any) -> Any:
-        _, closure, *_ = (*args, kwargs.get("closure"))
+        given = len(args) > 1
+        closure = args[1] if given else kwargs.get("closure")
         if closure is None:
             set_flag(optimizer)
             return None
@@ -133,7 +135,14 @@ def _skip_on_device(
             set_flag(optimizer)
             return loss
 
-        return (optimizer,), {"closure": decided}
+        if given:
+            return (optimizer, decided, *args[2:]), kwargs
+        return args, kwargs | {"closure": decided}
+
+    @torch.compiler.disable
+    def after(*_: Any) -> None:
+        # Not before: a subclass's step calls its parent's, which has this hook, too.
+        attached.has_decision = False
 
     def release() -> None:
         for name in ("found_inf", "grad_scale"):
@@ -141,8 +150,9 @@ def _skip_on_device(
                 delattr(attached.optimizer, name)
 
     attached.on_release(release)
-    hook: Any = before
-    attached.on_release(attached.optimizer.register_step_pre_hook(hook).remove)
+    hooks: list[Any] = [before, after]
+    attached.on_release(attached.optimizer.register_step_pre_hook(hooks[0]).remove)
+    attached.on_release(attached.optimizer.register_step_post_hook(hooks[1]).remove)
 
 
 def _skip_on_host(
@@ -163,6 +173,7 @@ def _skip_on_host(
             return step(*args, **kwargs)
         if not steps(attached):
             return step(*args, **kwargs)
+        attached.has_decision = False
         if shut():
             return None
         if grad_scale is not None:

@@ -1167,6 +1167,56 @@ def test_a_closure_may_decide():
         optimizer.step(lambda: torch.tensor(0.0))
 
 
+def test_a_host_gated_closure_cannot_decide():
+    _, head, optimizer, gate, backward = make()
+    gate.detach()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # where a warm-up begins
+    gate.attach(optimizer, max_grad_norm=0.05, host_gate=True)
+    gate.new_batch()
+    with pytest.raises(RuntimeError, match=r"step\(\) came without a gate.decide\(\)"):
+        optimizer.step(lambda: (backward(math.nan), gate.decide()))
+    assert head.weight.isfinite().all() and not optimizer.state
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.0])
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_a_subclass_steps_once(rate, by_closure):
+    """torch runs the hooks of a step for each class of which it is one."""
+
+    class Logged(torch.optim.AdamW):
+        def step(self, closure=None, times=1):
+            self.times = times
+            return super().step(closure)
+
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    weight = torch.nn.Parameter(torch.randn(33, 8))
+    optimizer = Logged([weight], lr=rate, fused=True)
+    gate = GradientGate(GateConfig(), weight)
+    gate.attach(optimizer, max_grad_norm=0.1)
+    gate.new_batch()
+    x, y = torch.randn(4, 8), torch.arange(4)
+
+    def decided(scale=1.0):
+        optimizer.zero_grad()
+        (linear_logprob(x, weight, y, gate=gate).logp.sum() * scale).backward()
+        gate.decide()
+        return scale
+
+    for scale in (1.0, math.nan):
+        before = weight.detach().clone()
+        if by_closure:
+            optimizer.step(lambda scale=scale: decided(scale), times=2)
+        else:
+            decided(scale)
+            optimizer.step(times=2)
+        assert torch.equal(before, weight) is (rate == 0 or math.isnan(scale))
+        assert weight.isfinite().all() and optimizer.times == 2
+    assert gate.applied_updates() == 1
+    with pytest.raises(RuntimeError, match=r"step\(\) came without a gate.decide\(\)"):
+        optimizer.step()
+
+
 def test_a_parameter_of_two_optimizers_counts_once():
     weight = torch.nn.Parameter(torch.ones(4, 3))
     gate = GradientGate(GateConfig(), weight)

@@ -251,11 +251,16 @@ def test_accelerate_does_not_unwrap_the_patch():
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test's
     model, (inputs, labels) = build("Llama"), batch()
-    patch_lm_head(model)
+    patch = patch_lm_head(model)
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     bare = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     assert bare(**inputs, labels=labels).log_probs.shape == (2, 8)
+    patch.remove()
+    assert bare(**inputs, labels=labels).logits.shape == (2, 9, V)
+    prepared = accelerator.prepare(build("Llama"))
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="one that Accelerate has not prepared: patch it before"):
+        patch_lm_head(prepared)
 
 
 def test_a_model_that_names_no_base_is_read_by_its_decoder():

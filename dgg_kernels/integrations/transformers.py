@@ -157,7 +157,7 @@ class PatchedHead:
         Raises:
             RuntimeError: something else has replaced the forward since then.
         """
-        if self._model.__dict__.get("forward") is not self._forward:
+        if self._model.__dict__.get("forward") != self._forward:  # Accelerate binds it anew
             raise RuntimeError("model: its forward was replaced after patch_lm_head: undo that")
         del self._model.forward
         delattr(self._model, self._kept_as)
@@ -195,9 +195,10 @@ def patch_lm_head(
             this model, and of no copy of it.
 
     Raises:
-        ValueError: the model is patched already; the head is not linear; the log-probs are not
-            those of the model's logits, or its loss is not theirs (compared once, on 8 tokens). By
-            a call: it asks for a router's loss, or gives `shift_labels`.
+        ValueError: the model is patched already, or prepared by Accelerate; the head is not
+            linear; the log-probs are not those of the model's logits, or its loss is not theirs
+            (compared once, on 8 tokens). By a call: it asks for a router's loss, or gives
+            `shift_labels`.
     """
     model = CausalHead(model).model
     original = weakref.ref(model)
@@ -207,6 +208,8 @@ def patch_lm_head(
     _check_call(model, {})
     if hasattr(model.forward, "takes_labels_for_log_probs"):
         raise ValueError("model: expected one that is not patched: .remove() the first patch")
+    if "_original_forward" in vars(model) and not when_asked:
+        raise ValueError("model: expected one that Accelerate has not prepared: patch it before")
     # Others may lie between, as of a trainer that had the model before.
     own_forward = f"_own_forward_{sum(name.startswith('_own_forward_') for name in vars(model))}"
 
