@@ -213,10 +213,6 @@ def _world() -> int:
     return torch.distributed.get_world_size() if distributed else 1
 
 
-def _capturing(state: Tensor) -> bool:
-    return state.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _makes_state(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it steps as torch.distributed.checkpoint lets it: of zeros, at a rate of zero."""
     groups = optimizer.param_groups
@@ -470,7 +466,7 @@ class GradientGate:
         self._foreseen = False
         self._forget_backward()
         self._await_step(True)
-        self._captured |= _capturing(self._state)
+        self._captured |= self._state.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _check_turn(self, name: str) -> None:
         if self._batches == 0:

@@ -144,15 +144,16 @@ def _skip_on_device(
         # Not before: a subclass's step calls its parent's, which has this hook, too.
         attached.has_decision = False
 
+    of: Any = attached.optimizer
+
     def release() -> None:
         for name in ("found_inf", "grad_scale"):
-            if hasattr(attached.optimizer, name):
-                delattr(attached.optimizer, name)
+            if hasattr(of, name):
+                delattr(of, name)
 
     attached.on_release(release)
-    hooks: list[Any] = [before, after]
-    attached.on_release(attached.optimizer.register_step_pre_hook(hooks[0]).remove)
-    attached.on_release(attached.optimizer.register_step_post_hook(hooks[1]).remove)
+    attached.on_release(of.register_step_pre_hook(before).remove)
+    attached.on_release(of.register_step_post_hook(after).remove)
 
 
 def _skip_on_host(

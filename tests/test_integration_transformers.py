@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_of_the_log_probs_alone_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounded_logits_are_taken_for_what_they_are(dtype):
-    """As bf16 rounds large ones, and TF32 the products of both."""
+    """Models whose own logits are rounded: large ones in bf16, and by TF32."""
     model = build("Llama").to(dtype)
     with torch.no_grad():
         model.lm_head.weight.mul_(40 if dtype == torch.bfloat16 else 4)
@@ -212,7 +212,7 @@ def test_rounded_logits_are_taken_for_what_they_are(dtype):
 
 @pytest.mark.parametrize("kind", ["hook", "partial", "compiled"])
 def test_a_forward_that_is_bound_already_stays_what_it_was(kind):
-    """As of a model on several devices (`device_map`), which Accelerate gives another forward."""
+    """A model whose forward is bound already, as on several devices (`device_map`); its copies."""
     accelerate = pytest.importorskip("accelerate")
     model, (inputs, labels) = build("Llama"), batch()
     tokens = inputs["input_ids"]
