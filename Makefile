@@ -129,4 +129,4 @@ docs: install  ## the site, in build/site; a warning or a broken link is an erro
 	$(RUN) -m mkdocs build
 
 clean:  ## what a build made (keeps .venv and runs)
-	rm -rf build dist *.egg-info dgg_kernels/*.so
+	rm -rf build dist *.egg-info dgg_kernels/*.so $(STAMP)

@@ -5,7 +5,8 @@
 One update of a language-model head on real rows (benchmarks/rows.py): forward, backward, decision,
 fused AdamW. Three loops, interleaved: without a gate; with `GradientGate`, whose energy comes from
 the backward kernel; and with the same rule written with `vector_norm(weight.grad).item()`. Shares
-are of the head's own forward and backward, which is far less than a whole update of a model.
+are of the head's own forward and backward (on a GPU with an exact `lse_ref`), which is far less
+than a whole update of a model.
 """
 
 from __future__ import annotations
@@ -50,10 +51,12 @@ def loop(kind: str, rows: Rows, device: torch.device) -> Callable[[], common.Pha
             optimizer.step()  # of no gradient
     window = deque((b - a for a, b in pairwise(earlier)), maxlen=WINDOW)
     state: dict[str, Any] = {"energy": earlier[-1]}
+    lse = rows.lse if device.type == "cuda" else None  # a CPU does not need it
 
     def forward() -> None:
         hidden.grad = weight.grad = None
-        state["loss"] = -linear_logprob(hidden, weight, rows.target, gate=gate).logp.mean()
+        out = linear_logprob(hidden, weight, rows.target, lse_ref=lse, gate=gate)
+        state["loss"] = -out.logp.mean()
 
     def decide() -> None:
         state["step"] = True
@@ -121,6 +124,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the rows")
     parser.add_argument("--features", type=int, help="D, if larger than the model's 576")
     parser.add_argument("--vocabulary", type=int, help="V, if other than the model's 49152")
     parser.add_argument("--rounds", type=int, default=9)
@@ -128,7 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     common.use_threads(args.threads)
-    rows = real_rows(args.rows, device=device, dtype=getattr(torch, args.dtype),
+    rows = real_rows(args.rows, args.temperature, device=device, dtype=getattr(torch, args.dtype),
                      D=args.features, V=args.vocabulary)  # fmt: skip
     console = Console()
     with Progress(console=console, transient=True) as progress:
@@ -140,6 +144,9 @@ def main() -> None:
     record: dict[str, Any] = {
         "benchmark": "gate",
         "shape": {"N": args.rows, "D": rows.hidden.shape[1], "V": rows.weight.shape[0]},
+        "dtype": args.dtype,
+        "entropy": rows.entropy,
+        "lse_ref": args.device == "cuda",
         "rounds": args.rounds,
         "stamp": common.stamp(device, args.threads),
         "loops": {},

@@ -84,8 +84,9 @@ def work(record: dict[str, Any], step: str) -> dict[str, Work]:
     rows lie partly in the L2 cache, so their rate may exceed that of a copy.
     """
     N, D, V = (record["shape"][name] for name in "NDV")
-    # A record from before the count was taken has that of the screen's refined entries.
-    kept = record.get("kept_per_row") or record["accuracy"]["int8"]["refined_per_row"]
+    refined = record["accuracy"]["fp8" if "fp8" in step else "int8"]["refined_per_row"]
+    # A screen's margin keeps more entries. Older records have no other count.
+    kept = refined if step.startswith("screen") else record.get("kept_per_row") or refined
     size = 2 if record["dtype"] == "bfloat16" else 4
     product, gathered, bits = 2 * N * V * D, N * kept * D * size, N * V / 8
     operands = (N + V) * D * size
@@ -156,6 +157,8 @@ def steps(rows: Rows, c: torch.Tensor) -> dict[str, Callable[[], None]]:
 
     def step(**options: Any) -> None:
         hidden.grad = weight.grad = None
+        # As an optimizer's step leaves it: launched or captured, a screen makes its copy anew.
+        torch.autograd.graph.increment_version(weight)
         (linear_logprob(hidden, weight, rows.target, **options).logp * c).sum().backward()
 
     def forward() -> None:

@@ -32,11 +32,11 @@ class Refused(Exception):
     """A check against the reference is red: no speed is reported."""
 
 
-def _output(*command: str) -> str:
+def _output(*command: str) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return None
 
 
 def stamp(device: torch.device, threads: int | None = None) -> dict[str, Any]:
@@ -45,16 +45,16 @@ def stamp(device: torch.device, threads: int | None = None) -> dict[str, Any]:
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     else:
         driver = torch.backends.cpu.get_cpu_capability()
+    git = ("git", "-C", str(ROOT))
+    changes = _output(*git, "status", "--porcelain", "-uno", "--", "..", *_OUTPUTS)
     return {
         "device": device_name(str(device)),
         "driver": driver,
         "threads": threads or torch.get_num_threads(),
         "versions": {name: known for name, known in versions(_PACKAGES).items() if known},
         "commit": os.environ.get("DGG_COMMIT")  # where the checkout has no git
-        or _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(
-            _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno", "--", "..", *_OUTPUTS)
-        ),
+        or _output(*git, "rev-parse", "--short=12", "HEAD"),
+        "dirty": None if changes is None else bool(changes),  # None: not known
         "date": now(),
     }
 

@@ -5,9 +5,13 @@
     python -m benchmarks.gpu_suite --out out --device cpu           # the same on small shapes
 
 Every stage is a process of its own with a time limit; its output is in OUT/<stage>.log, its records
-in OUT/*.json, and OUT/suite.json says how each stage ended, written anew after every stage. A stage
-that fails does not stop the next, except that no speed is measured when the tests are red. Figures
-and tables are made from whatever was recorded (benchmarks/plot.py).
+in OUT/*.json, and OUT/suite.json says how each stage ended, written anew after every stage and gone
+on with by a later call at the same commit. A stage that fails does not stop the next, except that
+no speed is measured when the tests are red. Figures and tables are made from whatever was recorded
+(benchmarks/plot.py).
+
+Where there is no git, DGG_COMMIT names the commit. DGG_CACHE names a folder with the rows to
+measure on, for a machine that has not got what samples them (benchmarks/rows.py).
 """
 
 from __future__ import annotations
@@ -22,18 +26,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import common
-from .rows import HEADS
+from . import common, rows
 
 ROOT = Path(__file__).parents[1]
-MODELS = tuple(name for name in HEADS if name != "smollm2-135m")
+PLOTTING = 40.0  # seconds, kept for it
+MODELS = tuple(name for name in rows.HEADS if name != "smollm2-135m")
 # The fastest of each kind, for the shapes beside the first.
 CHOSEN = ("--peers", "ours", "ours, with lse_ref", "ours, with lse_ref, screen int8",
           "ours, with lse_ref, screen fp8", "ours, grad_eps=0", "torch.compile",
@@ -61,7 +67,7 @@ def stages(device: str) -> list[Stage]:
     on = ("--device", device)
     dtype = ("--dtype", "bfloat16") if gpu else ()
     size = ("--features", "4096", "--vocabulary", "131072") if gpu else ()
-    rows = ("--rows", "8192") if gpu else ("--rows", "128")
+    n = ("--rows", "8192") if gpu else ("--rows", "128")
     rounds = ("--rounds", "5") if gpu else ("--rounds", "1")
     policy = ("--temperature", "0.6")
 
@@ -74,23 +80,23 @@ def stages(device: str) -> list[Stage]:
     models = ("--model", *MODELS, *(() if gpu else ("--features", "640", "--vocabulary", "50000")))
     others = ("4096", "32768") if gpu else ("64", "256")
     small = ("--features", "576", "--vocabulary", "49152")
-    kernels = (*on, *rows, *(size or small))
+    kernels = (*on, *n, *(size or small))
     tests = ("tests/gpu", "tests/test_triton_kernels.py") if gpu else ("tests/test_lm_head.py",)
     found = [
         Stage("info", python("dgg_kernels.info"), 0.5, measures=False),
         Stage("tests", [*pytest(6 if gpu else 0), *tests], 3, measures=False),
         Stage("kernels", python("benchmarks.bench_kernels", *kernels, "--save", "kernels_gpu"), 2),
-        head("head", 3.5, *size, *rows, *policy),  # a peer's JIT takes a minute
-        Stage("gate", python("benchmarks.bench_gate", *on, *dtype, *size, *rows,
+        head("head", 3.5, *size, *n, *policy),  # a peer's JIT takes a minute
+        Stage("gate", python("benchmarks.bench_gate", *on, *dtype, *size, *n, *policy,
                              *(() if gpu else ("--rounds", "2")), "--save", "gate_gpu"), 1),
         Stage("step", python("benchmarks.bench_step", *on, *rounds, "--model",
                              "qwen2.5-1.5b" if gpu else "tiny", "--save", "step_gpu"), 3),
         head("rows", 2.5, *size, "--rows", *others, *policy, *chosen),
-        head("models", 4, *models, *rows, "--entropy", "0.8", *chosen, record="lm_head_models"),
-        head("entropies", 3, *size, *rows, "--entropy", "1.7", "0.3", "dense", *chosen),
-        head("zero-rows", 1.5, *size, *rows, *policy, "--zero-rows", "0.5", *chosen,
+        head("models", 4, *models, *n, "--entropy", "0.8", *chosen, record="lm_head_models"),
+        head("entropies", 3, *size, *n, "--entropy", "1.7", "0.3", "dense", *chosen),
+        head("zero-rows", 1.5, *size, *n, *policy, "--zero-rows", "0.5", *chosen,
              record="lm_head_zero_rows"),
-        head("errors", 1.5, *size, *rows, *policy, "--peers", "ours, grad_eps=0",
+        head("errors", 1.5, *size, *n, *policy, "--peers", "ours, grad_eps=0",
              "--grad-eps", "-6", "-8", "-10", "-12", "-14", record="lm_head_errors"),
     ]  # fmt: skip
     if checkout := os.environ.get("VERL_CHECKOUT"):  # a folder with verl's tests/utils
@@ -101,7 +107,7 @@ def stages(device: str) -> list[Stage]:
         found.append(Stage("compile", compiled, 4, measures=False))
     elif sanitizer := shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
-            which = "small or decides or partial or graph" if tool == "memcheck" else "partial"
+            which = "193 or decides or partial or graph" if tool == "memcheck" else "partial"
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest(0), "-k", which]
             found.append(Stage(tool, [*command, "tests/gpu"], 2, measures=False))
     some = others if gpu else others[:1]
@@ -125,17 +131,31 @@ def run(stage: Stage, out: Path, seconds: float) -> str:
         try:
             process = subprocess.Popen(
                 stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                env={**os.environ, "DGG_RESULTS": str(out)}, start_new_session=True,
+                env={**os.environ, "DGG_RESULTS": str(out)}, process_group=0,
             )  # fmt: skip
         except OSError as error:
             return f"did not start: {error}"
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # and its children: they may hold the GPU
-            process.wait()
+            os.killpg(process.pid, signal.SIGINT)  # pytest then says what failed, others where
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
             return f"stopped after {seconds:.0f} s"
+        finally:  # whatever ends it, its children end with it: they may hold the GPU
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return "ok" if code == 0 else f"exit {code}"
+
+
+def begun(file: Path, stamp: dict[str, Any]) -> dict[str, Any]:
+    """The record of an earlier call at this commit, or a new one."""
+    if file.exists():
+        record = json.loads(file.read_text())
+        if all(record["stamp"][name] == stamp[name] for name in ("commit", "dirty", "device")):
+            return record
+    return {"stamp": stamp, "stages": {}}
 
 
 def main() -> None:
@@ -156,36 +176,40 @@ def main() -> None:
     planned = stages(args.device)
     if unknown := set(args.only or ()) - {stage.name for stage in planned}:
         sys.exit(f"--only: unknown {sorted(unknown)}; of {[stage.name for stage in planned]}")
-    record = {"stamp": common.stamp(torch.device(args.device)), "stages": {}}
-    ended = time.monotonic() + 60 * args.minutes
-    red = False
+    planned = [stage for stage in planned if not args.only or stage.name in args.only]
+    stamp = common.stamp(torch.device(args.device))
+    if not stamp["commit"]:
+        sys.exit("commit: there is no git here: set DGG_COMMIT to the commit that is measured")
+    if any(stage.measures for stage in planned):
+        rows.cached()  # or no stage would have its rows
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its stage ends with it
+    record = begun(out / "suite.json", stamp)
+    ended = time.monotonic() + 60 * args.minutes - PLOTTING
 
-    def carry_out(stage: Stage, seconds: float) -> str:
+    def carry_out(stage: Stage, seconds: float) -> None:
         console.print(f"[bold]{stage.name}[/bold]: {' '.join(stage.command)}")
         began = time.monotonic()
         result = run(stage, out, seconds)
         said = (out / f"{stage.name}.log").read_text(errors="replace")
         console.print(said[-6000:], markup=False)
         note(stage, result, time.monotonic() - began)
-        return result
 
     def note(stage: Stage, result: str, seconds: float) -> None:
         record["stages"][stage.name] = {"result": result, "seconds": seconds}
         (out / "suite.json").write_text(json.dumps(record, indent=1) + "\n")
 
     for stage in planned:
-        if args.only and stage.name not in args.only:
-            continue
+        tests = record["stages"].get("tests", {"result": "ok"})["result"]
+        red = tests != "ok" and not tests.startswith("skipped")
         left = ended - time.monotonic()
         if red and stage.measures:
             note(stage, "skipped: tests are red", 0.0)
         elif left < 10:
             note(stage, "skipped: no time left", 0.0)
         else:
-            result = carry_out(stage, min(left, 60 * stage.minutes))
-            red |= stage.name == "tests" and result != "ok"
+            carry_out(stage, min(left, 60 * stage.minutes))
     plot = python("benchmarks.plot", "--results", str(out))
-    carry_out(Stage("plot", plot, 1), 60)
+    carry_out(Stage("plot", plot, 1), PLOTTING)
     table = Table("stage", "result", "seconds")
     for name, stage in record["stages"].items():
         table.add_row(name, stage["result"], f"{stage['seconds']:.0f}")

@@ -70,20 +70,20 @@ def plain(*panels: Any) -> None:
 
 def head_bars(record: Record) -> Figure:
     """Time of forward and backward as multiples of the bare product, and extra memory."""
-    bare = record["variants"][BARE]["total_s"]["median"]
     variants = sorted(
         record["variants"].items(), key=lambda item: -item[1]["ratio_to_bare"]["median"]
     )
     figure = Figure(figsize=(11, 0.42 * len(variants) + 1.3), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
-    most = max(v["total_s"]["median"] for _, v in variants) / bare
+    most = variants[0][1]["ratio_to_bare"]["median"]
     for y, (name, v) in enumerate(variants):
-        forward, backward = (v[f"{phase}_s"]["median"] / bare for phase in ("forward", "backward"))
+        ratio = v["ratio_to_bare"]["median"]  # divided as the phases' medians are
+        phases = [v[f"{phase}_s"]["median"] for phase in ("forward", "backward")]
+        forward, backward = (ratio * phase / sum(phases) for phase in phases)
         colour = BLUE if "ours" in name else GREY
         left.barh(y, forward, color=colour, height=0.7)
         left.barh(y, backward, left=forward, color=colour, alpha=0.5, height=0.7)
-        label = f"{v['ratio_to_bare']['median']:.2f}"
-        left.text(forward + backward + 0.01 * most, y, label, va="center", fontsize=9)
+        left.text(ratio + 0.01 * most, y, f"{ratio:.2f}", va="center", fontsize=9)
         if memory := v.get("peak_extra_bytes"):
             right.barh(y, memory / 1e9, color=colour, height=0.7)
             right.text(memory / 1e9, y, f" {memory / 1e9:.2f}", va="center", fontsize=9)
@@ -296,14 +296,15 @@ def by_entropy(panels: Panels) -> Figure | None:
     )  # fmt: skip
 
 
+def model_of(name: str) -> str:
+    """Of a record; bench_lm_head's own where its name has none."""
+    part = re.search(AXES["model"][0], name)
+    return part[1] if part else next(iter(HEADS))
+
+
 def by_model(panels: Panels) -> Figure:
     """Multiples of the bare product, by model and variant; a panel per number of rows."""
     order = list(HEADS)
-
-    def model(name: str) -> str:
-        part = re.search(AXES["model"][0], name)
-        return part[1] if part else ""
-
     panels = dict(sorted(panels.items(), key=lambda item: item[1][0][1]["shape"]["N"]))
     figure = Figure(figsize=(11, 3.6 * len(panels) + 0.6), dpi=110, layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
@@ -313,7 +314,7 @@ def by_model(panels: Panels) -> Figure:
     names.pop(BARE)
     width = 0.8 / len(names)
     for ax, named in zip(axes, panels.values(), strict=True):
-        named = sorted(named, key=lambda item: order.index(model(item[0])))
+        named = sorted(named, key=lambda item: order.index(model_of(item[0])))
         for i, name in enumerate(names):
             there = [(x, r) for x, (_, r) in enumerate(named) if name in r["variants"]]
             ax.bar(
@@ -326,7 +327,7 @@ def by_model(panels: Panels) -> Figure:
         for name, record in named:
             sizes = f"D={record['shape']['D']:,} V={record['shape']['V']:,}"
             cap = f"\nsoftcap {record['softcap']:g}" if record["softcap"] else ""
-            labels.append(f"{model(name)}\n{sizes}{cap}")
+            labels.append(f"{model_of(name)}\n{sizes}{cap}")
         ax.set_xticks(range(len(named)), labels, fontsize=8)
         ax.axhline(1, color=INK, linestyle=":", linewidth=1)
         ax.set(title=f"N = {named[0][1]['shape']['N']:,}", ylabel="time / bare product")
@@ -434,6 +435,8 @@ def main() -> None:
     images = args.images or (IMAGES if home else args.results / "images")
     images.mkdir(parents=True, exist_ok=True)
     records = read(args.results)
+    (args.results / "tables.md").write_text(tables(records))
+    print(f"written: {args.results / 'tables.md'}")
     drawn = dict(figures(records))
     if (curves := task_curves(args.results / "tasks")) is not None:
         drawn["tasks"] = curves
@@ -443,8 +446,6 @@ def main() -> None:
         path = images / f"{name.replace('/', '_')}.png"
         figure.savefig(path)
         print(f"written: {path}")
-    (args.results / "tables.md").write_text(tables(records))
-    print(f"written: {args.results / 'tables.md'}")
     for name, record in records.items():
         # These draw what they record.
         if record.get("benchmark") == "bias":

@@ -22,7 +22,8 @@ if ! cmp -s "$root/benchmarks/rehearsal.txt" "$dir/installed.txt"; then
     cp "$root/benchmarks/rehearsal.txt" "$dir/installed.txt"
 fi
 
-mkdir -p "$dir/src"
+rm -rf "$dir/src"  # with what has been deleted since
+mkdir "$dir/src"
 cd "$root"
 git ls-files -z --cached --others --exclude-standard | xargs -0 sh -c '
     for file; do [ -e "$file" ] && printf "%s\0" "$file"; done' sh |

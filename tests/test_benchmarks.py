@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from trainer_toys import TINY, Digits
 from benchmarks import bench_lm_head, bench_step, bench_trl, common, gpu_suite, peers, plot, rows
 from benchmarks.bench_kernels import achieved
 from benchmarks.tables import markdown, tables, trl
+from dgg_kernels import screen
 from python_trainer.distributed import Ranks
 from python_trainer.engine import TransformersEngine
 from python_trainer.evaluate import Evaluator
@@ -76,6 +80,28 @@ def test_the_command_ends_red_and_writes_nothing(monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_codes_at_hand_are_at_hand(monkeypatch):
+    """Whatever the variants beside it write."""
+    made = []
+    quantized = screen._quantized
+    monkeypatch.setattr(
+        screen, "_quantized", lambda w, kind: made.append(len(w)) or quantized(w, kind)
+    )
+    inputs = rows.real_rows(8, 0.6)
+    whole = len(inputs.weight)
+    peer, c = functools.partial(peers.ours, screen="int8"), torch.ones(8)
+    anew = bench_lm_head.variant(peer, inputs, c)
+    at_hand = bench_lm_head.variant(peer, inputs, c, written=False)
+    at_hand()
+    made.clear()
+    for _ in range(2):
+        anew()
+        assert made == [whole]
+        at_hand()
+        assert whole not in made[1:]
+        made.clear()
+
+
 def test_softcap_truth_and_centring():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 8, generator=generator) for n in (6, 40))
@@ -108,6 +134,9 @@ def test_every_combination_has_its_own_record():
     }
     ((stem, panels),) = plot.series(named, "rows")
     assert stem == "x" and list(panels) == arguments.model
+    # Where none is named, it is the first one's.
+    ((_, panels),) = plot.series({"x": {}, "x_qwen2.5-7b": {}}, "model")
+    assert [plot.model_of(name) for name, _ in panels[""]] == ["smollm2-135m", "qwen2.5-7b"]
     assert all(len(records) == 2 for records in panels.values())
 
 
@@ -220,7 +249,11 @@ def test_the_suite_outlives_its_stages(monkeypatch, tmp_path):
     ]
     monkeypatch.setattr(gpu_suite, "stages", lambda device: planned)
     monkeypatch.setattr(gpu_suite, "python", lambda *_: planned[-1].command)  # no plots here
-    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--device", "cpu", "--out", str(tmp_path)])
+    arguments = ["gpu_suite", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    gpu_suite.main()
+    # What a later call was not asked for stands as it was.
+    monkeypatch.setattr(sys, "argv", [*arguments, "--only", "speed"])
     gpu_suite.main()
     ended = json.loads((tmp_path / "suite.json").read_text())["stages"]
     assert {name: of["result"] for name, of in ended.items()} == {
@@ -233,6 +266,56 @@ def test_the_suite_outlives_its_stages(monkeypatch, tmp_path):
         "info": "ok",
         "plot": "ok",
     }
+
+    assert "KeyboardInterrupt" in (tmp_path / "hangs.log").read_text()  # says where
+
+
+def test_the_suite_wants_to_know_the_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "_output", lambda *_: None)
+    monkeypatch.delenv("DGG_COMMIT", raising=False)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--device", "cpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="set DGG_COMMIT"):
+        gpu_suite.main()
+    monkeypatch.setenv("DGG_COMMIT", "0123")
+    stamp = common.stamp(torch.device("cpu"))
+    assert stamp["commit"] == "0123" and stamp["dirty"] is None
+
+
+def wait_until(holds):
+    for _ in range(300):
+        if holds():
+            return
+        time.sleep(0.1)
+    raise AssertionError("still not so after 30 s")
+
+
+def test_a_stage_leaves_no_process(tmp_path):
+    """One that ended itself; and one whose suite is stopped."""
+    pid, proc = tmp_path / "pid", Path("/proc")
+
+    def ended():  # or waits to be noticed by its parent
+        status = proc / pid.read_text() / "status"
+        return not status.exists() or "State:\tZ" in status.read_text()
+
+    child = f"import os, time; f = open({str(pid)!r}, 'w'); f.write(str(os.getpid())); f.close()"
+    child += "; time.sleep(60)"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}])"
+    parent += "; time.sleep(2); sys.exit(3)"
+    stage = gpu_suite.Stage("ends", [sys.executable, "-c", parent], 1)
+    assert gpu_suite.run(stage, tmp_path, 30) == "exit 3"
+    wait_until(ended)
+    pid.unlink()
+
+    suite = "import sys; from benchmarks import gpu_suite as g; g.stages = lambda device: "
+    suite += f"[g.Stage('info', [sys.executable, '-c', {child!r}], 1, measures=False)]; "
+    suite += f"sys.argv = ['gpu_suite', '--device', 'cpu', '--out', {str(tmp_path)!r}]; g.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", suite], cwd=gpu_suite.ROOT, stdout=subprocess.DEVNULL
+    )
+    wait_until(lambda: pid.exists() and pid.read_text())
+    process.terminate()
+    assert process.wait(30) == 143
+    wait_until(ended)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

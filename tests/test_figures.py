@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import lzma
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from python_trainer.plots import style
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -96,6 +99,7 @@ def arms(name: str) -> dict[str, dict[str, float]]:
             break
         label, *cells = (c.strip() for c in line.strip("|").split("|"))
         found[label] = dict(zip(columns[1:], (c.split(" ")[0] for c in cells), strict=True))
+        found[label]["spread"] = cells[1].split(" ")[2]  # of the curve mean
     return found
 
 
@@ -118,16 +122,19 @@ def test_what_gating_is_worth():
 
 def test_the_main_table_of_the_evidence():
     of = arms("main")
+    with lzma.open(RESULTS / "evidence" / "main.jsonl.xz", "rt") as file:
+        settings = json.loads(next(file))["arms"]
+    rates = {style(arm)[0]: config["learning_rate"] for arm, config in settings.items()}
     rows = table("docs/evidence.md", "arm | rate | curve mean |")
     assert len(rows) == len(of) == 20
     names = {
         "DGG, the paper's": "DGG", "Random stop, DGG's mean": "Random stop",
         "DGG's counts (squared), shuffled": "DGG's counts, squared norm, shuffled",
     }  # fmt: skip
-    for label, (_, *cells) in rows.items():
+    for label, (rate, *cells) in rows.items():
         key = names.get(label, label.removesuffix(", K = 8").replace("K = ", "K="))
-        spread = cells[0].partition("±")[2]
-        assert cells[0] == f"{of[key]['curve mean']} ±{spread}"
+        assert float(rate) == rates[key]
+        assert cells[0] == f"{of[key]['curve mean']} ± {of[key]['spread']}"
         values = [float(of[key][column]) for column in ("last quarter", "final", *COLUMNS)]
         held(cells[1:], values)
 

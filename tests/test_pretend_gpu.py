@@ -58,7 +58,7 @@ def small(gpu, monkeypatch, tmp_path):
     """Shapes that the interpreter can do, and code that times made to launch only."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(10, 16, generator=generator), 1.5 * torch.randn(48, 16, generator=generator)
-    monkeypatch.setattr(rows, "_cached", lambda: base)
+    monkeypatch.setattr(rows, "cached", lambda: base)
     monkeypatch.setitem(bench_kernels.COPIED, "cuda", 2**20)
     monkeypatch.setattr(bench_kernels, "profile", gpu.profile)
     shape = {**bench_step.SHAPES["tiny"], "vocab_size": int(V)}

@@ -87,19 +87,24 @@ def smaller(test: Any, rows: int, share: int) -> None:
     test.generate_hyper = hyper
 
 
-def attempt(record: list[dict[str, Any]], name: str, test: Any, run: Callable[[], None]) -> None:
+def attempt(
+    record: dict[str, Any], save: str | None, name: str, test: Any, run: Callable[[], None]
+) -> None:
+    """Run a case and note how it ended, whatever ends it."""
     began, result = time.perf_counter(), "passed"
     try:
         run()
-    except AssertionError as error:
-        result = f"failed: {' '.join(str(error).split())[:500]}"
+    except Exception as error:
+        result = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
     shape = [getattr(test, size, None) for size in ("num_tokens", "hidden_size", "vocab_size")]
     row = {"test": name, "rows, features, vocabulary": shape, "result": result,
            "dtype": str(getattr(test, "dtype", "")),
            "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
-    record.append(row)
+    record["tests"].append(row)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(row, flush=True)
+        if save:
+            common.save(save, record)
 
 
 def main() -> int:
@@ -115,7 +120,9 @@ def main() -> int:
     import_peer(PEERS["verl"][1])  # without the packages around it, which want ray and more
     use_linear_cross_entropy(grad_eps=args.grad_eps)
     rounds = 5 if ON_GPU else 2  # the first is not timed
-    record: list[dict[str, Any]] = []
+    stamp = common.stamp(torch.device("cuda" if ON_GPU else "cpu"), torch.get_num_threads())
+    record: dict[str, Any] = {"stamp": stamp, "ranks": 1, "grad_eps": args.grad_eps, "tests": []}
+    note = partial(attempt, record, args.save)
     if args.parallel:
         module = load(args.checkout, "test_special_linear_cross_entropy_tp")
         begin = dist.init_process_group
@@ -123,14 +130,14 @@ def main() -> int:
         with mock.patch.object(dist, "init_process_group", lambda **kw: begin(**kw | stand_in)):
             test = module.TestLinearCrossEntropy_TensorParallel()
         smaller(test, 64, 1)
+        record["ranks"] = test.world_size
         for case in CASES:
             test.initialize(case)
             run = partial(test.verify_kernel_correctness, rounds)
-            attempt(record, f"vocabulary-parallel case {case}", test, run)
-        ranks, first = test.world_size, test.local_rank == 0
+            note(f"vocabulary-parallel case {case}", test, run)
         test.shutdown()
     else:
-        ranks, first, module = 1, True, load(args.checkout, "test_linear_cross_entropy")
+        module = load(args.checkout, "test_linear_cross_entropy")
         if importlib.util.find_spec("flash_attn") is None:
             # verl's log-probs, one of what ours are compared with, flatten labels with it alone.
             theirs = module.logprobs_from_logits
@@ -140,16 +147,11 @@ def main() -> int:
         for case in CASES:
             test = module.TestLinearCrossEntropy(case)
             smaller(test, 64, 4)
-            attempt(record, f"case {case}", test, partial(test.verify_correctness, rounds))
-        attempt(record, "padded vocabulary", None, module.test_lce_non_divisible_vocab_padding)
-    passed = sum(row["result"] == "passed" for row in record)
-    if first:
-        print(f"{passed} of {len(record)} passed")
-    if first and args.save:
-        stamp = common.stamp(torch.device("cuda" if ON_GPU else "cpu"), torch.get_num_threads())
-        made = {"stamp": stamp, "ranks": ranks, "grad_eps": args.grad_eps, "tests": record}
-        print(common.save(args.save, made))
-    return int(passed < len(record))
+            note(f"case {case}", test, partial(test.verify_correctness, rounds))
+        note("padded vocabulary", None, module.test_lce_non_divisible_vocab_padding)
+    passed = sum(row["result"] == "passed" for row in record["tests"])
+    print(f"{passed} of {len(record['tests'])} passed")
+    return int(passed < len(record["tests"]))
 
 
 if __name__ == "__main__":

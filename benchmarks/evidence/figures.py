@@ -134,9 +134,9 @@ def growth(runs: Runs) -> Any:
         ratios /= ratios[:, :1]
         place = range(1, ratios.shape[1] + 1)
         left.plot(place, np.median(ratios, axis=0), color=colour, label=f"{title}: median")
-        for level in (95, 99):
+        for level, dash in ((95, "--"), (99, ":")):
             tail = np.percentile(ratios, level, axis=0)
-            left.plot(place, tail, ":", color=colour, alpha=level / 100, label=f"{level} %")
+            left.plot(place, tail, dash, color=colour, label=f"{level} %")
         run = next(iter(runs[arm].values()))
         right.plot(*zip(*((n, 100 * a) for n, a in run.curve), strict=True), color=colour)
     left.set_yscale("log")
