@@ -2,8 +2,9 @@
 
 So one wheel (cp311-abi3) serves every Python from 3.11 on and every torch from 2.11 on.
 The CPU ops are always built. CUDA ops are added when torch has CUDA and nvcc is found;
-FORCE_CUDA=1 compiles them beside a CPU build of torch too, as a compile check.
-DGG_CUDA_ARCHS chooses the architectures (default "80;90a;100a").
+FORCE_CUDA=1 compiles them beside a CPU build of torch too, as a compile check; FORCE_CUDA=0 leaves
+them out. DGG_CUDA_ARCHS chooses the architectures (default "80;90a;100a", or those of it that this
+nvcc knows).
 `python -m dgg_kernels.info` tells what was built.
 """
 
@@ -21,7 +22,6 @@ ROOT = Path(__file__).parent
 # Stable ABI of torch 2.10: one binary runs on that and every later torch.
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 STD = "c++20" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else "c++17"
-ARCHS = os.environ.get("DGG_CUDA_ARCHS", "80;90a;100a").split(";")
 
 
 def find_nvcc() -> Path | None:
@@ -34,15 +34,25 @@ def find_nvcc() -> Path | None:
     return Path(found).resolve() if found else None
 
 
+def architectures(nvcc: Path) -> list[str]:
+    """Those asked for, or what is known of 80, 90a and 100a: the last since CUDA 12.8."""
+    if asked := os.environ.get("DGG_CUDA_ARCHS"):
+        return asked.split(";")
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = listed.stdout.split()
+    return [a for a in ("80", "90a", "100a") if f"compute_{a.rstrip('a')}" in known]
+
+
 def sources(folder: str, suffix: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
 
 
 NVCC = find_nvcc()
-FORCE_CUDA = os.environ.get("FORCE_CUDA") == "1"
-if FORCE_CUDA and NVCC is None:
+FORCE_CUDA = os.environ.get("FORCE_CUDA")
+if FORCE_CUDA == "1" and NVCC is None:
     sys.exit("FORCE_CUDA=1, but nvcc was not found: set CUDA_HOME to the CUDA toolkit")
-WITH_CUDA = NVCC is not None and (FORCE_CUDA or torch.version.cuda is not None)
+WITH_CUDA = FORCE_CUDA == "1" or (FORCE_CUDA != "0" and torch.version.cuda is not None)
+ARCHS = architectures(NVCC) if WITH_CUDA and NVCC is not None else []
 
 
 class Build(cpp_extension.BuildExtension):
@@ -87,7 +97,7 @@ ops = cpp_extension.CppExtension(
     depends=[str(p) for p in (ROOT / "csrc").rglob("*.h")],
 )
 built_for = "none"
-if WITH_CUDA:
+if ARCHS:
     assert NVCC is not None
     ops.cuda_sources = sources("cuda", ".cu")
     ops.library_dirs.append(str(NVCC.parent.parent / "lib64"))

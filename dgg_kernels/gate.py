@@ -112,7 +112,10 @@ _ids = itertools.count()
 _gates: weakref.WeakValueDictionary[int, GradientGate] = weakref.WeakValueDictionary()
 
 
-@torch.library.custom_op("dgg::gate_record", mutates_args=("buffer",))
+# Not for CUDA graphs that torch.compile makes: their replay would not call it.
+@torch.library.custom_op(
+    "dgg::gate_record", mutates_args=("buffer",), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def _gate_record(buffer: Tensor, row_sq: Tensor, d_weight: Tensor, gate_id: int) -> None:
     gate = _gates.get(gate_id)
     if gate is None:
@@ -216,7 +219,7 @@ def _world() -> int:
 def _makes_state(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it steps as torch.distributed.checkpoint lets it: of zeros, at a rate of zero."""
     groups = optimizer.param_groups
-    if optimizer.state or not all(float(group.get("lr", 1.0)) == 0 for group in groups):
+    if optimizer.state or not all(group.get("lr", 1.0) == 0 for group in groups):
         return False
     grads = [p.grad for group in groups for p in group["params"]]
     return any(g is not None for g in grads) and not any(g is not None and g.any() for g in grads)
@@ -279,7 +282,7 @@ class GradientGate:
         self._grad_was_empty = False
         self._scaler: torch.amp.GradScaler | None = None
         self._batches = 0  # calls of new_batch()
-        self._awaits_step = self._foreseen = False
+        self._foreseen = False
         self._captured = False  # a decide(), in a CUDA graph
         self._seen_shut = False
 
@@ -371,14 +374,14 @@ class GradientGate:
         self._optimizers.clear()
         self.max_grad_norm = self._scaler = None
         self._captured = False
-        self._await_step(False)
+        self._let_step(False)
 
     def new_batch(self) -> None:
         """Open the gate for fresh rollouts: clears use counter, references and latch."""
         torch.ops.dgg.gate_new_batch(self._state, self.found_inf)
         self._batches += 1
         self._forget_backward()
-        self._await_step(False)
+        self._let_step(False)
         self._foreseen = self._seen_shut = False
 
     def foresee(self, signal: Tensor) -> None:
@@ -395,7 +398,8 @@ class GradientGate:
 
         Raises:
             RuntimeError: the gate scores a gradient; no `new_batch()` yet, a second time for one
-                update, or the optimizer has not stepped since the last `decide()`.
+                update that the gate let pass, or the optimizer has not stepped since the last
+                `decide()`.
             ValueError: `signal` is not one floating value on the gate's device.
         """
         if self.config.energy != "loss":
@@ -465,13 +469,13 @@ class GradientGate:
             self._decide(signal, squares, total_norm, phase=2 if self._foreseen else 0)
         self._foreseen = False
         self._forget_backward()
-        self._await_step(True)
+        self._let_step(True)
         self._captured |= self._state.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _check_turn(self, name: str) -> None:
         if self._batches == 0:
             raise RuntimeError(f"{name}: call new_batch() when a batch of rollouts begins")
-        if self._awaits_step:
+        if self._awaits_step():
             raise RuntimeError(f"{name}: optimizer.step() was not called since the last decide()")
 
     def _decide(self, signal: Tensor, squares: bool, total_norm: Tensor | None, phase: int) -> None:
@@ -580,7 +584,7 @@ class GradientGate:
         if self._pinned is not None:
             self._pinned.copy_(torch.from_numpy(restored[: Slot.HEADER_SIZE]))
         self._forget_backward()
-        self._await_step(False)
+        self._let_step(False)
         self._foreseen = False
 
     # -- what the op and the optimizer tell the gate ----------------------------------------------
@@ -600,7 +604,7 @@ class GradientGate:
             d_weight: the gradient that `row_sq` belongs to; empty for a frozen weight, unless the
                 gate accumulates.
         """
-        if self._awaits_step:
+        if self._awaits_step():
             raise RuntimeError("gate: a backward ran between decide() and optimizer.step()")
         self._backwards += 1
         # Held from an earlier micro-batch, .grad is added to: row_sq is then not its norm.
@@ -626,9 +630,9 @@ class GradientGate:
         parts = by_kind(p.grad for p in parameters.values())
         norms = [_full(torch.nn.utils.get_total_norm(part)) for part in parts]
         norms = [part.to(self._state.device, torch.float32) for part in norms]
-        if len(norms) == 2:
-            return torch.hypot(*norms)
-        return norms[0] if norms else torch.zeros_like(self.grad_scale)
+        if len(norms) == 1:
+            return norms[0]
+        return torch.stack([*norms, torch.zeros_like(self.grad_scale)]).norm()
 
     def _own_signal(self) -> tuple[Tensor, bool]:
         """The energy's partial squares and True, or the energy itself and False."""
@@ -685,26 +689,29 @@ class GradientGate:
                 f"got {_described(value)}"
             )
 
-    def _await_step(self, decided: bool) -> None:
-        """After a decision every optimizer may step once, and one has to."""
+    def _let_step(self, decided: bool) -> None:
+        """After a decision every optimizer may step once."""
         for attached in self._optimizers:
             attached.has_decision = decided
-        # A scaler that found an Inf may leave the step out.
-        self._awaits_step = decided and bool(self._optimizers) and self._scaler is None
+
+    def _awaits_step(self) -> bool:
+        """Whether no optimizer has stepped since the decision. One has to: a scaler may not."""
+        steps = [attached.has_decision for attached in self._optimizers]
+        return bool(steps) and all(steps) and self._scaler is None
 
     def _steps(self, attached: AttachedOptimizer) -> bool:
         """What an attached optimizer calls before its step: is there a decision for it?"""
+        # A replay of a captured decide() is not heard of here.
+        if (attached.has_decision or self._captured) and not self._backwards:
+            attached.has_decision = False
+            return True
+        if _makes_state(attached.optimizer):
+            return False
         if self._backwards:
             raise RuntimeError(
                 "optimizer: step() came after a backward through linear_logprob(..., gate=gate) "
                 "without gate.decide() in between"
             )
-        # A replay of a captured decide() is not heard of here.
-        if attached.has_decision or self._captured:
-            self._awaits_step = False
-            return True
-        if _makes_state(attached.optimizer):
-            return False
         raise RuntimeError(
             "optimizer: step() came without a gate.decide() of its own since new_batch(): flag and "
             "clip scale would be another update's; detach() lets it step without the gate"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from functools import wraps
 from types import MethodType
@@ -54,7 +55,8 @@ def attach_optimizer(
 
     `steps` is called before every step, compiled ones included, or after its closure. If it raises,
     the step does not happen; if it says no, it happens as if there were no gate. With
-    `shut_on_host` the optimizer's step is not called when that says so, whatever it is.
+    `shut_on_host` the optimizer's step is not called when that says so, whatever it is; it takes no
+    closure then, whose gradient nobody would have seen.
     """
     while _is_accelerates(optimizer):  # on the wrapper the attributes would do nothing
         if shut_on_host is not None and optimizer.scaler is not None:
@@ -85,7 +87,9 @@ def attach_optimizer(
 
 
 def _check_can_skip(optimizer: Optimizer) -> None:
-    if not isinstance(optimizer, _CAN_SKIP):
+    # A subclass's own step may read no flag.
+    step = inspect.unwrap(type(optimizer).step)
+    if not any(step is inspect.unwrap(known.step) for known in _CAN_SKIP):
         raise TypeError(
             f"optimizer: {_name(optimizer)} cannot skip a step on the device; {_REMEDY}"
         )
@@ -124,8 +128,7 @@ def _skip_on_device(
 
     @torch.compiler.disable
     def before(optimizer: Any, args: Any, kwargs: Any) -> Any:
-        given = len(args) > 1
-        closure = args[1] if given else kwargs.get("closure")
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             set_flag(optimizer)
             return None
@@ -135,14 +138,7 @@ def _skip_on_device(
             set_flag(optimizer)
             return loss
 
-        if given:
-            return (optimizer, decided, *args[2:]), kwargs
-        return args, kwargs | {"closure": decided}
-
-    @torch.compiler.disable
-    def after(*_: Any) -> None:
-        # Not before: a subclass's step calls its parent's, which has this hook, too.
-        attached.has_decision = False
+        return (optimizer,), {"closure": decided}
 
     of: Any = attached.optimizer
 
@@ -153,7 +149,6 @@ def _skip_on_device(
 
     attached.on_release(release)
     attached.on_release(of.register_step_pre_hook(before).remove)
-    attached.on_release(of.register_step_post_hook(after).remove)
 
 
 def _skip_on_host(
@@ -172,15 +167,17 @@ def _skip_on_host(
     def gated_step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
         if released:  # and kept by a schedule that was built since
             return step(*args, **kwargs)
+        if (args and args[0] is not None) or kwargs.get("closure") is not None:
+            raise TypeError("closure: expected None with host_gate=True, which decides before it")
         if not steps(attached):
             return step(*args, **kwargs)
-        attached.has_decision = False
         if shut():
             return None
         if grad_scale is not None:
             groups = optimizer.param_groups
-            for part in by_kind([p.grad for group in groups for p in group["params"]]):
-                torch._foreach_div_(part, grad_scale)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+            for part in by_kind(p.grad for group in groups for p in group["params"]):
+                scale = grad_scale.to(part[0].device)
+                torch._foreach_div_(part, scale)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
         return step(*args, **kwargs)
 
     # A bound method, as a schedule that wraps it in its turn wants it.
@@ -200,11 +197,11 @@ def _skip_on_host(
 
 
 def by_kind(grads: Iterable[Tensor | None]) -> list[list[Tensor]]:
-    """Those that are there, plain tensors and DTensors apart: torch takes no mixed list."""
-    kinds: dict[bool, list[Tensor]] = {}
+    """Those that are there, by device, plain tensors and DTensors apart: one list for torch."""
+    kinds: dict[Any, list[Tensor]] = {}
     for grad in grads:
         if grad is not None:
-            kinds.setdefault(hasattr(grad, "full_tensor"), []).append(grad)
+            kinds.setdefault((hasattr(grad, "full_tensor"), grad.device), []).append(grad)
     return [*kinds.values()]
 
 

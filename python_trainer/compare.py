@@ -257,10 +257,10 @@ def go_on(out: Path, console: Console, mirrors: Mirrors = lambda _: []) -> dict[
                     with progress_bar(console, "warm-up", None):
                         start = prepare(first, make_task(first.task, first.task_options))
                     warmups[str(seed)] = asdict(start.warmup)
-                if config.gate in GATED and batches_to_fill(config) >= config.rollout_batches:
+                if config.gate in GATED and batches_to_fill(config) > config.rollout_batches:
                     console.print(
                         f"{label}: a gate's window of {config.score.window} does not fill in "
-                        f"{config.rollout_batches} rollout batches: it shuts nothing "
+                        f"{config.rollout_batches} rollout batches: it shuts nothing by its score "
                         "(--gate-window)"
                     )
                 runs[name, seed] = progress = Progress()

@@ -280,9 +280,9 @@ def gate_config(config: TrainConfig, policy: Policy) -> GateConfig:
 
 
 def batches_to_fill(config: TrainConfig) -> int:
-    """Rollout batches, used as often as may be, until the gate's window is full and it acts."""
+    """Rollout batches, used as often as may be, until an update finds the gate's window full."""
     passes = config.num_iterations - (config.gate_statistic == "increment")
-    return math.ceil(config.score.window / max(passes * config.mini_batches, 1))
+    return config.score.window // max(passes * config.mini_batches, 1) + 1
 
 
 def continue_probability(mean_uses: float, cap: int) -> float:

@@ -17,6 +17,26 @@ NVCC = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
 TOOLS = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
 
 
+def test_architectures_are_those_that_the_compiler_knows(tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho compute_75; echo compute_80; echo compute_90\n")
+    nvcc.chmod(0o755)
+    code = "import runpy, sys; sys.argv = ['setup.py', '-q', '--name']; "
+    code += "print(*runpy.run_path('setup.py')['ARCHS'])"
+    own = {name: v for name, v in os.environ.items() if name != "DGG_CUDA_ARCHS"}
+    for more, expected in (
+        ({"FORCE_CUDA": "1"}, "80 90a"),
+        ({"FORCE_CUDA": "1", "DGG_CUDA_ARCHS": "90a;120"}, "90a 120"),
+        ({"FORCE_CUDA": "0"}, ""),
+    ):
+        said = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={**own, "CUDA_HOME": str(tmp_path), **more},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert said.stdout.splitlines()[-1] == expected
+
+
 @pytest.mark.skipif(not NVCC.exists(), reason=f"no CUDA compiler at {NVCC}")
 def test_cuda_sources_compile_and_the_library_loads_beside_a_cpu_torch(tmp_path):
     built = subprocess.run(

@@ -212,7 +212,7 @@ def test_rounded_logits_are_taken_for_what_they_are(dtype):
 
 @pytest.mark.parametrize("kind", ["hook", "partial", "compiled"])
 def test_a_forward_that_is_bound_already_stays_what_it_was(kind):
-    """A model whose forward is bound already, as on several devices (`device_map`); its copies."""
+    """A model whose forward is bound already, as by Accelerate's hooks; its copies."""
     accelerate = pytest.importorskip("accelerate")
     model, (inputs, labels) = build("Llama"), batch()
     tokens = inputs["input_ids"]
@@ -232,6 +232,12 @@ def test_a_forward_that_is_bound_already_stays_what_it_was(kind):
             other.lm_head.weight.zero_()
         assert kind == "compiled" or not other(**inputs).logits.any()  # the copy's own weights
     torch.testing.assert_close(model(**inputs).logits, expected.logits)
+    if kind != "compiled":  # a patch of the copy's own takes the place of the one that it came with
+        own = patch_lm_head(other, temperature=2.0)
+        assert other(**inputs, labels=labels).log_probs.shape == (2, 8)
+        own.remove()
+        assert not [name for name in vars(other) if name.startswith("_own_forward")]
+        assert not other(**inputs, labels=labels).logits.any()
 
 
 def test_a_copy_is_not_gated():

@@ -277,7 +277,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(gate, paths, tmp_path):
     epoch = 16  # as the Trainer counts
     for step in {after_shut, midst, last, new_pass, epoch}:
         kept = torch.load(tmp_path / f"checkpoint-{step}" / "dgg_rollouts_0.pt", weights_only=True)
-        assert all("lse" in rollouts for rollouts in kept["rollouts"])
+        assert (kept["rollouts"] is not None) == (reuse[step] > 1)
+        assert all("lse" in rollouts for rollouts in kept["rollouts"] or ())
         resumed = gated(paths[False], tmp_path / f"from{step}", gate, **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         args = torch.load(tmp_path / f"checkpoint-{step}" / "training_args.bin", weights_only=False)
@@ -327,18 +328,20 @@ def test_each_use_gives_the_head_the_log_sum_exps_of_the_last_one(paths, tmp_pat
     assert max(moved[:2]) < 1e-5 < 1e-3 < min(moved[4:12])
 
 
-def test_a_run_that_stopped_in_the_midst_of_an_update_makes_it_anew(paths, tmp_path):
+@pytest.mark.parametrize("gate", [NEVER, GAIN], ids=["norm", "loss"])
+@pytest.mark.parametrize("at", [3, 4])  # the first use of a batch is one of them, if none is shut
+def test_a_run_that_stopped_in_the_midst_of_an_update_makes_it_anew(at, gate, paths, tmp_path):
     class Stop(transformers.TrainerCallback):
         def on_substep_end(self, args, state, control, **_):
-            control.should_training_stop = state.global_step == 3
+            control.should_training_stop = state.global_step == at
 
     options = {"max_steps": 8, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4,
                "save_strategy": "epoch"}  # fmt: skip
-    whole = gated(paths[False], tmp_path / "whole", **options).train()
-    stopped = gated(paths[False], tmp_path / "stopped", **options)
+    whole = gated(paths[False], tmp_path / "whole", gate, **options).train()
+    stopped = gated(paths[False], tmp_path / "stopped", gate, **options)
     stopped.trainer.add_callback(Stop())
     stopped.train()
-    resumed = gated(paths[False], tmp_path / "stopped", **options)
+    resumed = gated(paths[False], tmp_path / "stopped", gate, **options)
     resumed.train(resume_from_checkpoint=True)
     assert [r["loss"] for r in resumed.rows] == [r["loss"] for r in whole.rows]
     assert stopped.prompts + resumed.prompts == whole.prompts

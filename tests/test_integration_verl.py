@@ -514,6 +514,7 @@ def test_configuration_in_verls_style(paths):
     assert made.engine.head == {"grad_eps": 0.0}
     assert made.optim.override_optimizer_config == {"fused": True}
     assert ActorRolloutRefWorker.actor_worker_cls is DGGTrainingWorker
+    assert DGGEngineConfig(gate=None, head=None).head is None
     with pytest.raises(ValueError, match="gate: expected no max_reuse"):
         DGGEngineConfig(gate={"max_reuse": 4})
     with pytest.raises(TypeError, match="treshold"):

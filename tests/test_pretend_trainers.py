@@ -14,10 +14,13 @@ from functools import partial
 
 import pytest
 import tiny_models
+import torch
 from pretend_gpu import REHEARSAL, pretended_gpu
 from trainer_toys import TINY, Digits, Echo
+from transformers import LlamaConfig, LlamaForCausalLM
 from triton_tools import interpreting
 
+from dgg_kernels.integrations.transformers import patch_lm_head
 from python_trainer.loop import Progress, prepare, train
 
 if not interpreting():
@@ -90,6 +93,40 @@ def test_python_trainer_resumes_as_if_it_had_not_stopped(tmp_path):
         start(tmp_path / "halves", tick=stop)
     start(tmp_path / "halves")
     assert_same_rows(rows(tmp_path / "halves"), rows(tmp_path / "whole"), {"seconds"})
+
+
+# -- a model on two devices -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_that_lies_on_two_devices(tied):
+    """As `device_map` lays it out, the final norm and an untied head on the second."""
+    hooks = pytest.importorskip("accelerate").hooks
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(0, 64, (2, 6))
+    found = []
+    for device in ("cpu", "cuda"):
+        with on(device), torch.no_grad():  # the backward of a move is torch's
+            first = (model.model.embed_tokens, *model.model.layers, model.model.rotary_emb)
+            for module in (*first, model.model.norm, model.lm_head):
+                there = "cpu" if module in first or (tied and module is model.lm_head) else device
+                hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device=there))
+                module.to(there)
+            whole = hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True)
+            hooks.add_hook_to_module(model, whole)
+            with patch_lm_head(model):
+                out = model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(10))
+                again = model(input_ids=ids, labels=ids, lse_ref=out.lse)
+        assert all(t.device == ids.device for t in (*out.values(), *again.values()))
+        torch.testing.assert_close(again.log_probs, out.log_probs)
+        found.append(out)
+    torch.testing.assert_close(found[1].loss, found[0].loss)
+    torch.testing.assert_close(found[1].entropy, found[0].entropy)
 
 
 # -- TRL ------------------------------------------------------------------------------------------

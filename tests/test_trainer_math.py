@@ -1,6 +1,7 @@
 """Rollouts, losses, advantages and stopping rules against their definitions."""
 
 import math
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from python_trainer.evaluate import Evaluator
 from python_trainer.files import read_metrics
 from python_trainer.loop import Progress, Run, new_policy, prepare
 from python_trainer.loss import group_advantages, mask_truncated, policy_loss, token_shares
-from python_trainer.rollout import pack, play
+from python_trainer.rollout import asking, pack, play
 from python_trainer.stopping import ARMS, continue_probability
 from python_trainer.tasks import Example, make_task
 from python_trainer.warmup import warm_up
@@ -129,6 +130,33 @@ def test_a_long_prompt_cuts_no_episode_but_its_own(start):
     assert max(found[::3]) == max(found[2::3]) == config.max_completion_length
     with pytest.raises(TaskError, match=r"task digits: .* fewer than 20 tokens .* got one of 20$"):
         lengths([short, full])
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_another_turn_needs_room_for_the_whole_of_it(short, start):
+    """And an environment's answer takes its part of the room."""
+
+    tokenizer = start.policy.tokenizer
+    turn, answer = tokenizer.turn("1"), tokenizer.observation("you said 1\n")
+    engine = SimpleNamespace(generate=lambda inputs, *_: [[*turn] for _ in inputs])
+    size = len(tokenizer.prompt("ab")) + len(turn) + len(answer) + TINY.max_completion_length
+    config = replace(TINY, max_context_length=size - short)
+    (played,) = play(engine, tokenizer, Echo(), [Example("ab", None, None)], config, "key")
+    assert played.turns == (1 if short else 2) and not played.ended
+
+
+def test_a_time_limit_leaves_the_alarm_as_it_was():
+    def own(*_):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGALRM, own)
+    try:
+        with asking(Digits(), replace(TINY, task_timeout=9.0)):
+            assert signal.getsignal(signal.SIGALRM) is not own
+        assert signal.getsignal(signal.SIGALRM) is own
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_exact_accuracy_is_the_probability_of_the_answer(start):

@@ -268,15 +268,18 @@ def test_environment_that_raises_ends_in_one_line_and_resume_goes_on(tmp_path, c
     assert f"accuracy {summary['runs'][0]['final_accuracy']:.4f}" in said and "(reward" in said
 
 
-@pytest.mark.parametrize(("window", "fills"), [(9, True), (10, False)])
+@pytest.mark.parametrize(("window", "fills"), [(11, True), (12, False)])
 def test_a_window_that_does_not_fill_is_said(window, fills, tmp_path):
-    """Four batches of three increments each: the gate would act from the fourth on, or never."""
+    """Four batches of three increments each: the gate would act on the last of them, or never."""
     config = replace(TINY, rollout_batches=4, gate_window=window)
-    assert batches_to_fill(config) == (3 if fills else 4)
+    assert batches_to_fill(config) == (4 if fills else 5)
     compare.begin(compare.Plan({"dgg": config}, [0]), tmp_path)
     compare.go_on(tmp_path, console := Console(file=io.StringIO(), width=200))
-    said = "dgg: a gate's window of 10 does not fill in 4 rollout batches: it shuts nothing"
+    said = "dgg: a gate's window of 12 does not fill in 4 rollout batches: it shuts nothing by its"
     assert (said in console.file.getvalue()) is not fills
+    rows = read_metrics(tmp_path / "dgg" / "seed-0" / "metrics.jsonl")
+    scores = [row["gate/z"] for row in rows if row["type"] == "update"]
+    assert any(math.isfinite(z) for z in scores) is fills
 
 
 def test_what_a_policy_says_does_not_steer_the_terminal(tmp_path, monkeypatch):
@@ -322,6 +325,29 @@ def assert_same_end(a, b):
             assert value == theirs[name], name
 
 
+def test_checkpoints_every_so_many_updates_and_at_the_end(start, tmp_path, monkeypatch):
+    numbers, save = [], checkpoint.save
+    monkeypatch.setattr(
+        checkpoint, "save", lambda folder, n, state: numbers.append(n) or save(folder, n, state)
+    )
+    config = replace(TINY, gate="off", save_every=5)
+    began = time.monotonic()
+    progress, _ = one_run(config, start, tmp_path / "whole")
+    assert numbers == [5, 10, 15, 20, 25]  # the last after 24 updates, when all is done
+    assert all(seconds > 0 for seconds in progress.seconds.values())
+    assert sum(progress.seconds.values()) < time.monotonic() - began
+    numbers.clear()
+
+    def stop(progress):
+        if progress.rollouts == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, start, tmp_path / "parts", Progress(), stop)
+    train(config, start, tmp_path / "parts", Progress())
+    assert numbers == [5, 10, 15, 20, 25]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks of this process")
 def test_a_run_that_is_killed_at_random_ends_as_if_it_had_not_been(echo, tmp_path):
     config = replace(
@@ -330,6 +356,7 @@ def test_a_run_that_is_killed_at_random_ends_as_if_it_had_not_been(echo, tmp_pat
         save_every=1,
         gate_threshold=-0.5,
         mini_batches=2,
+        grad_eps=0.05,  # so that entries of the gradient are drawn
         beta=0.05,
         lr_warmup=3,
         lr_decay=40,

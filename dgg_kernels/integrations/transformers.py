@@ -145,7 +145,7 @@ class PatchedHead:
     """A patched model: `remove()`, or the end of a `with` block, gives its old forward back."""
 
     def __init__(self, model: Any, forward: Callable[..., Any], keep_as: str) -> None:
-        self._model, self._before = model, model.__dict__.get("forward")
+        self._model = model
         # On the model: a copy of it gets a copy, which is bound to the copy.
         self._kept_as = keep_as
         setattr(model, keep_as, model.forward)
@@ -159,16 +159,20 @@ class PatchedHead:
         """
         if self._model.__dict__.get("forward") != self._forward:  # Accelerate binds it anew
             raise RuntimeError("model: its forward was replaced after patch_lm_head: undo that")
-        del self._model.forward
-        delattr(self._model, self._kept_as)
-        if self._before is not None:
-            self._model.forward = self._before
+        _unpatch(self._model, self._kept_as)
 
     def __enter__(self) -> PatchedHead:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+def _unpatch(model: Any, kept_as: str) -> None:
+    before = model.__dict__.pop(kept_as)
+    del model.forward
+    if before != model.forward:  # it was not the class's
+        model.forward = before
 
 
 def patch_lm_head(
@@ -206,8 +210,14 @@ def patch_lm_head(
     if gate is not None:
         gate.check_weight(CausalHead(model).linear.weight)
     _check_call(model, {})
-    if hasattr(model.forward, "takes_labels_for_log_probs"):
-        raise ValueError("model: expected one that is not patched: .remove() the first patch")
+    if patch := getattr(model.forward, "patch", None):
+        patched, kept_as = patch
+        if patched() is model:
+            raise ValueError(
+                "model: expected one that is not patched: .remove() what the first "
+                "patch_lm_head() returned"
+            )
+        _unpatch(model, kept_as)  # a copy, whose patch nobody can remove
     if "_original_forward" in vars(model) and not when_asked:
         raise ValueError("model: expected one that Accelerate has not prepared: patch it before")
     # Others may lie between, as of a trainer that had the model before.
@@ -215,18 +225,20 @@ def patch_lm_head(
 
     def log_probs(
         model: Any, labels: Tensor, lse_ref: Tensor | None, scale: float, *args: Any, **inputs: Any
-    ) -> LogprobOutput:
+    ) -> tuple[Tensor, ...]:
         head = CausalHead(model)
         inputs |= {"use_cache": False, "return_dict": True}
         hidden = head.decoder(*args, **inputs).last_hidden_state
+        # A model may lie on several devices: here all goes to its head's.
+        weight = head.linear.weight
         # Position t predicts token t + 1, and the last one nothing that is known.
-        target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).to(weight.device)
         if lse_ref is not None:
-            lse_ref = nn.functional.pad(lse_ref, (0, 1))
-        autocast = torch.autocast(hidden.device.type, enabled=False)
+            lse_ref = nn.functional.pad(lse_ref, (0, 1)).to(weight.device)
+        autocast = torch.autocast(weight.device.type, enabled=False)
         with autocast if float32 else contextlib.nullcontext():
-            return head.logprob(
-                hidden.to(head.linear.weight.dtype),
+            out = head.logprob(
+                hidden.to(weight.device, weight.dtype),
                 target,
                 temperature=scale,
                 ignore_index=IGNORE,
@@ -234,6 +246,8 @@ def patch_lm_head(
                 gate=gate if torch.is_grad_enabled() and model is original() else None,
                 **options,
             )
+        there = (out.logp, out.entropy, out.lse)
+        return tuple(values.to(labels.device) for values in there)
 
     def forward(
         self: Any,
@@ -251,19 +265,19 @@ def patch_lm_head(
                 inputs["num_items_in_batch"] = num_items_in_batch
             return getattr(self, own_forward)(*args, labels=labels, **inputs)
         _check_call(self, inputs)
-        out = log_probs(self, labels, lse_ref, temperature, *args, **inputs)
+        logp, entropy, lse = log_probs(self, labels, lse_ref, temperature, *args, **inputs)
         count = num_items_in_batch
         if count is None:
             count = (labels[:, 1:] != IGNORE).sum()
-        mean = -out.logp.sum() / count
-        return LogprobModelOutput(mean, out.logp[:, :-1], out.entropy[:, :-1], out.lse[:, :-1])
+        mean = -logp.sum() / count
+        return LogprobModelOutput(mean, logp[:, :-1], entropy[:, :-1], lse[:, :-1])
 
-    forward.takes_labels_for_log_probs = True  # pyright: ignore[reportFunctionMemberAccess]
+    forward.patch = (original, own_forward)  # pyright: ignore[reportFunctionMemberAccess]
     # generate() looks the arguments up there. Not by functools.wraps: Accelerate would unwrap it.
     forward.__signature__ = inspect.signature(type(model).forward)  # pyright: ignore[reportFunctionMemberAccess]
 
     def checked(tokens: Tensor) -> Tensor:
-        return log_probs(model, tokens, None, 1.0, tokens).logp[:, :-1]
+        return log_probs(model, tokens, None, 1.0, tokens)[0][:, :-1]
 
     check_logprobs(model, checked, with_loss=not when_asked)
     return PatchedHead(model, forward, own_forward)

@@ -93,6 +93,7 @@ class DGGTrainer(GRPOTrainer):
         self._saved: dict[str, Any] | None = None  # what a checkpoint has brought
         self._prompts: Any = None  # of the rollouts in use; None when all are used up
         self._drawn = self._end = 0  # batches of prompts; the step at which these are used up
+        self._brought = False  # are the rollouts in use a checkpoint's?
         self._loss: Any = 0.0  # of this update so far
         self._lse_ref: Any = None  # for the next log-probs
         self._found_lse: list[Any] = []  # of each set of log-probs since it was cleared
@@ -131,6 +132,7 @@ class DGGTrainer(GRPOTrainer):
         self._source = self._batches(loader)
         self._step = self._drawn = self._end = 0
         self._buffered_inputs, self._loss = None, 0.0
+        self._brought = saved is not None and saved["rollouts"] is not None
         if saved is not None:
             self._step, self._drawn, self._end = saved["step"], saved["drawn"], saved["end"]
             self._buffered_inputs = saved["rollouts"]
@@ -157,6 +159,7 @@ class DGGTrainer(GRPOTrainer):
         self._step += -self._step % generate_every  # TRL generates at its multiples
         self._end = self._step + generate_every
         self._drawn += 1
+        self._brought = False
         self.gate.new_batch()
 
     def get_batch_samples(
@@ -169,6 +172,17 @@ class DGGTrainer(GRPOTrainer):
             self.control.should_save |= self.args.save_strategy == "steps" and self._drawn > 0
             return [], None
         return [self._prompts] * num_batches, None
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """TRL's, which would generate at a batch's first step, though a checkpoint brought it."""
+        config: Any = self.args
+        once = config.steps_per_generation if self._brought else 0  # the same part, a use later
+        first = self._step % (config.steps_per_generation * self.num_iterations) == 0
+        self._step += once * first
+        try:
+            return super()._prepare_inputs(generation_batch)
+        finally:
+            self._step -= once * first
 
     # -- each use hands the head's log-sum-exps to the next one, and its loss to the gate
 
@@ -205,7 +219,7 @@ class DGGTrainer(GRPOTrainer):
             return loss
         self._loss = self._loss + loss.detach()
         if self.accelerator.sync_gradients:
-            self.gate.foresee(self._loss)
+            self.gate.foresee(self._loss.to(self.gate.found_inf.device))
             self._loss = 0.0
             # A loss scaler wants to see a gradient at every step.
             if self.accelerator.scaler is None and self.gate.is_shut(wait=True):
@@ -231,13 +245,15 @@ class DGGTrainer(GRPOTrainer):
         self._advance()  # now: what it draws from torch's generator is then in the checkpoint
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial))
-        accumulated: Any = self.args.gradient_accumulation_steps
+        config: Any = self.args
+        sampled = self._step % (config.steps_per_generation * self.num_iterations) != 0
         saved = {
             "settings": self._position(),
-            "step": self._step - self._step % accumulated,  # where this update began
+            # Where this update began.
+            "step": self._step - self._step % config.gradient_accumulation_steps,
             "drawn": self._drawn,
             "end": self._end,
-            "rollouts": self._buffered_inputs,
+            "rollouts": self._buffered_inputs if sampled else None,
         }
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         # With save_only_model nobody has made it but rank 0.

@@ -48,7 +48,7 @@ class DGGEngineConfig(FSDPEngineConfig):
         gate: fields of GateConfig; None: no gate. `max_reuse` is verl's ppo_epochs,
             `mini_batches` its mini-batches per epoch, and `accumulate` follows from the model.
         head: options of `linear_logprob` where verl's fused Triton head would run: grad_eps,
-            screen.
+            screen; None: its defaults.
         host_gate: as in `GradientGate.attach`: accept an optimizer that cannot skip by itself.
 
     Raises:
@@ -57,7 +57,7 @@ class DGGEngineConfig(FSDPEngineConfig):
     """
 
     gate: dict[str, Any] | None = field(default_factory=dict)
-    head: dict[str, Any] = field(default_factory=dict)
+    head: dict[str, Any] | None = field(default_factory=dict)
     host_gate: bool = False
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class DGGEngineConfig(FSDPEngineConfig):
         gate = self.gate or {}
         if derived := sorted(set(gate).intersection(_DERIVED)):
             raise ValueError(f"gate: expected no {', '.join(derived)}: verl's own settings say it")
-        if unknown := sorted(set(self.head).difference(_HEAD)):
+        if unknown := sorted(set(self.head or {}).difference(_HEAD)):
             raise TypeError(f"head: expected {' and '.join(_HEAD)} alone, got {', '.join(unknown)}")
         GateConfig(**gate)
 
@@ -206,7 +206,7 @@ class DGGEngine(FSDPEngineWithLMHead):
         if gate is not None and self._lse is not None:
             mini_batch = self._updates % gate.config.mini_batches
             lse = self._lse.setdefault((mini_batch, self._micro_batches), [])
-        with use_linear_cross_entropy(gate=gate, lse=lse, **self._config.head):
+        with use_linear_cross_entropy(gate=gate, lse=lse, **(self._config.head or {})):
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)
         if gate is not None:
             self._micro_batches += 1
