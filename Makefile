@@ -46,7 +46,7 @@ test: lint docs  ## lint, types, docs, all tests of the CPU path, interpreter, c
 	@$(MAKE) --no-print-directory sanitize
 
 FUZZ ?= 100
-fuzz: install  ## the targets of tests/test_fuzz.py, 130,000 cases; counts to build/fuzz.json
+fuzz: install  ## the targets of tests/test_fuzz.py, 120,000 cases; counts to build/fuzz.json
 	@mkdir -p build
 	FUZZ=$(FUZZ) FUZZ_RECORD=$(abspath build/fuzz.json) OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_fuzz.py
 

@@ -70,15 +70,8 @@ class Build(cpp_extension.BuildExtension):
         includes = [f"-I{path}" for path in cpp_extension.include_paths()]
         command = [str(NVCC), "-O3", f"-std={STD}", "--threads=2", "--expt-relaxed-constexpr"]
         # Without fused multiply-adds the gate decides bit for bit as on a CPU.
-        command += [
-            "--fmad=false",
-            "-Xcompiler=-fPIC",
-            "-DUSE_CUDA",
-            "-lineinfo",
-            *DEFINES,
-            *archs,
-            *includes,
-        ]
+        command += ["--fmad=false", "-Xcompiler=-fPIC", "-DUSE_CUDA", "-lineinfo"]
+        command += [*DEFINES, *archs, *includes]
         if torch.version.cuda is None:
             command.append("-DDGG_TORCH_WITHOUT_CUDA")
         subprocess.check_call([*command, "-c", source, "-o", str(output)])

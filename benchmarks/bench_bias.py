@@ -11,7 +11,6 @@ beyond the spread over seeds.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 import tempfile
@@ -24,13 +23,14 @@ from rich.console import Console
 from rich.progress import Progress as Bars
 
 from python_trainer.config import TrainConfig
-from python_trainer.files import read_metrics
+from python_trainer.files import read_metrics, updates
 from python_trainer.loop import Progress, prepare, train
 from python_trainer.plots import smooth
 from python_trainer.results import last_quarter
 from python_trainer.tasks import make_task
 
 from . import common
+from .tables import show
 
 ARMS: dict[str, dict[str, Any]] = {
     "every entry": {"grad_eps": 0.0},
@@ -51,8 +51,7 @@ def curves(config: TrainConfig, arms: list[str], tick: Any) -> dict[str, dict[st
         with tempfile.TemporaryDirectory() as folder:
             changed = dataclasses.replace(config, **ARMS[arm])
             train(changed, start, Path(folder), Progress(), lambda _: tick())
-            log = read_metrics(Path(folder) / "metrics.jsonl")
-            rows = [row for row in log if row["type"] == "update"]
+            rows = updates(read_metrics(Path(folder) / "metrics.jsonl"))
         found[arm] = {name: [row[name] for row in rows] for name in CURVES}
     return found
 
@@ -101,15 +100,12 @@ def verdict(record: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Run, record, draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=160, help="rollout batches, two uses each")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--arms", nargs="+", metavar="ARM", choices=ARMS, default=list(ARMS)[:3],
                         help=f"held to the first; of {list(ARMS)}")  # fmt: skip
-    parser.add_argument("--save", metavar="NAME", help="benchmarks/results/NAME.json and NAME.png")
     args = parser.parse_args()
     console = Console()
     record: dict[str, Any] = {
@@ -132,10 +128,7 @@ def main() -> None:
                 record["verdict"] = verdict(record)
             if args.save:
                 plot(record, common.save(args.save, record).with_suffix(".png"))
-    for name, v in record.get("verdict", {}).items():
-        difference = f"{v['mean_difference']:+.4f} ± {v['standard_error']:.4f}"
-        spread = f"(exact {v['exact_mean']:.4f}, spread over seeds {v['seed_spread']:.4f})"
-        console.print(f"{name}: {difference} from exact {spread}")
+    show(record, console)
 
 
 if __name__ == "__main__":

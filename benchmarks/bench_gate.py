@@ -11,7 +11,6 @@ than a whole update of a model.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from dgg_kernels import GateConfig, GradientGate, linear_logprob
 
 from . import common
 from .rows import Rows, real_rows
+from .tables import show
 
 WINDOW = 32
 LOOPS = ("no gate", "GradientGate", "host gate, .item()")
@@ -117,9 +117,7 @@ def share_of_update(threads: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure, show, record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -128,7 +126,6 @@ def main() -> None:
     parser.add_argument("--features", type=int, help="D, if larger than the model's 576")
     parser.add_argument("--vocabulary", type=int, help="V, if other than the model's 49152")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
     device = torch.device(args.device)
     common.use_threads(args.threads)
@@ -162,17 +159,9 @@ def main() -> None:
             ),
             "decide_and_backward_difference_share_of_head": common.summary(shares),
         }
-        result = record["loops"][kind]
-        console.print(
-            f"{kind:<20} backward {result['backward_s']['median'] * 1e3:8.2f} ms   "
-            f"decide {result['decide_s']['median'] * 1e3:7.3f} ms = "
-            f"{result['decide_share_of_head']['median']:.3%} of the head   "
-            f"step {result['step_s']['median'] * 1e3:7.2f} ms"
-        )
     if device.type == "cpu":
-        whole = record["whole_update"] = share_of_update(args.threads)
-        times = f"{whole['update_s'] * 1e3:.1f} ms, decide {whole['decide_s'] * 1e3:.3f} ms"
-        console.print(f"whole update of the demo's model {times} = {whole['share']:.2%}")
+        record["whole_update"] = share_of_update(args.threads)
+    show(record, console)
     if args.save:
         console.print(f"written: {common.save(args.save, record)}")
 

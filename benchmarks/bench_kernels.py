@@ -10,7 +10,6 @@ Ceilings are a copy on the device (bytes read plus written) and the bare product
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import time
@@ -28,6 +27,7 @@ from dgg_kernels import configs, linear_logprob
 
 from . import common
 from .rows import Rows, real_rows
+from .tables import show
 
 COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes, by which the copy's rate is taken
 
@@ -294,16 +294,13 @@ def tune(rows: Rows, c: torch.Tensor, say: Callable[[str], None]) -> list[dict[s
 
 def main() -> None:
     """Measure, show, record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--rows", type=int, default=8192, help="N")
     parser.add_argument("--features", type=int, default=4096, help="D")
     parser.add_argument("--vocabulary", type=int, default=131072, help="V")
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--tune", action="store_true", help="on a GPU")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     if on_gpu != torch.cuda.is_available():
@@ -344,14 +341,7 @@ def main() -> None:
         for kernel, of in list(record["kernels"][name].items())[:12]:
             table.add_row(kernel[:90], f"{of['ms']:.3f}", f"{of['launches']:.0f}")
         console.print(table)
-    record["achieved"] = achieved(record)
-    table = Table("step", "kernel", "ms", "TFLOP/s", "GB/s", "of the roofline")
-    for a in record["achieved"]:
-        table.add_row(
-            a["step"], a["kernel"], f"{a['ms']:.3f}", f"{a['flop_per_s'] / 1e12:.2f}",
-            f"{a['bytes_per_s'] / 1e9:.0f}", f"{a['share_of_roofline']:.0%}",
-        )  # fmt: skip
-    console.print(table)
+    show(record, console)
     if args.tune:
         record["tune"] = tune(rows, c, console.print)
     if args.save:

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from . import common, peers
 from .rows import ENTROPIES, GRAD_EPS, HEADS, Head, Rows, dense_rows, real_rows
+from .tables import show
 
 BARE = "bare product"
 DENSE = "dense"
@@ -231,40 +231,6 @@ def measure(args: argparse.Namespace, of: Setting, console: Console) -> dict[str
     return record
 
 
-def show(record: dict[str, Any], console: Console) -> None:
-    """The record as a table."""
-    shape, of = record["shape"], record["stamp"]
-    title = f"N={shape['N']} D={shape['D']} V={shape['V']} {record['dtype']}, "
-    title += f"entropy {record['entropy']:.2f}, {record['zero_rows']:.0%} rows with c=0; "
-    title += f"{of['device']}, {of['threads']} thread(s)"
-    table = Table(title=title)
-    table.add_column("", no_wrap=True)
-    for column in (
-        "forward ms",
-        "backward ms",
-        "x bare",
-        "(p20-p80)",
-        "extra MB",
-        "err dX",
-        "err dW",
-    ):
-        table.add_column(column, justify="right")
-    by_time = sorted(record["variants"].items(), key=lambda item: item[1]["total_s"]["median"])
-    for name, v in by_time:
-        ratio, checked = v["ratio_to_bare"], v.get("errors")
-        table.add_row(
-            name, f"{1e3 * v['forward_s']['median']:.2f}",
-            f"{1e3 * v['backward_s']['median']:.2f}",
-            f"{ratio['median']:.2f}", f"{ratio['p20']:.2f}-{ratio['p80']:.2f}",
-            f"{v['peak_extra_bytes'] / 1e6:.0f}" if checked else "",
-            f"{checked['d_hidden']:.1e}" if checked else "",
-            f"{checked['d_weight']:.1e}" if checked else "",
-        )  # fmt: skip
-    console.print(table)
-    for name, why in record["missing"].items():
-        console.print(f"missing: {name} ({why})")
-
-
 def settings(args: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
     """Every combination, with what tells it apart in the name of its record."""
     heads = {}
@@ -281,9 +247,7 @@ def settings(args: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
 
 def main() -> None:
     """Measure, show, record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -302,7 +266,6 @@ def main() -> None:
                         help="measure these alone; a name that is unknown lists all")  # fmt: skip
     parser.add_argument("--grad-eps", type=int, nargs="*", metavar="EXPONENT",
                         help="also ours with grad_eps = 2^EXPONENT")  # fmt: skip
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
     common.use_threads(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 120)

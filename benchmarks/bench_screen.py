@@ -10,7 +10,6 @@ the norm of the head's gradient, what the gate scores: its spread over draws.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from pathlib import Path
@@ -20,12 +19,12 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from dgg_kernels import linear_logprob
 
 from . import common
 from .rows import Rows, real_rows
+from .tables import show
 
 TEMPERATURES = (1.0, 0.6, 0.4)
 SCREENS = (None, "int8", "bf16")
@@ -99,13 +98,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Measure, show, record, draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--draws", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json, .png")
     args = parser.parse_args()
     common.use_threads(args.threads)
     console = Console(width=140)
@@ -139,17 +135,7 @@ def main() -> None:
                 "bare_s": common.summary(bare)["median"],
                 "settings": settings,
             }
-    columns = ("T", "screen", "grad_eps", "x bare", "mean_abs", "max_abs", "bias",
-               "ratio_max_error", "energy_spread", "refined_per_row", "outside_bound")  # fmt: skip
-    table = Table(*columns)
-    for temperature, of in record["temperatures"].items():
-        for s in of["settings"]:
-            table.add_row(
-                str(temperature), str(s["screen"]), f"{s['grad_eps']:.1e}",
-                f"{s['seconds'] / of['bare_s']:.2f}",
-                *(f"{s[name]:.1e}" if name in s else "" for name in columns[4:]),
-            )  # fmt: skip
-    console.print(table)
+    show(record, console)
     if args.save:
         path = common.save(args.save, record)
         draw(record, path.with_suffix(".png"))

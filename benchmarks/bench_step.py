@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from python_trainer.config import TrainConfig
@@ -34,6 +33,7 @@ from python_trainer.model import positions
 
 from . import common, peers
 from .rows import load_smollm2, rollouts, sampled
+from .tables import show
 
 EAGER, TRL = "log_softmax and gather", "TRL chunked head, 32768"
 CONFIG = TrainConfig(loss_type="bnpo")  # the mean over all tokens, as every peer has it
@@ -377,37 +377,9 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return record
 
 
-def show(record: dict[str, Any], console: Console) -> None:
-    """The record as a table."""
-    shape, of = record["shape"], record["stamp"]
-    title = f"{record['model']}, {shape['sequences']} sequences, {shape['tokens']} tokens, "
-    title += f"N={shape['N']} D={shape['D']} V={shape['V']} {record['dtype']}, "
-    title += f"entropy {record['entropy']:.2f}; {of['device']}, {of['threads']} thread(s)"
-    table = Table(title=title)
-    table.add_column("", no_wrap=True)
-    for column in ("update ms", "tokens/s", "speedup", "(p20-p80)", "head ms", "of update",
-                   "extra MB", "err dX", "err dW"):  # fmt: skip
-        table.add_column(column, justify="right")
-    for name, v in record["variants"].items():
-        head = sum(v["phases_s"][phase]["median"] for phase in HEAD_PHASES)
-        fast = v["speedup"]
-        table.add_row(
-            name, f"{1e3 * v['total_s']['median']:.1f}", f"{v['tokens_per_s']['median']:.0f}",
-            f"{fast['median']:.2f}", f"{fast['p20']:.2f}-{fast['p80']:.2f}",
-            f"{1e3 * head:.1f}", f"{v['head_share']['median']:.0%}",
-            f"{v['peak_extra_bytes'] / 1e6:.0f}", f"{v['errors']['d_hidden']:.1e}",
-            f"{v['errors']['d_weight']:.1e}",
-        )  # fmt: skip
-    console.print(table)
-    for name, why in record["missing"].items():
-        console.print(f"missing: {name} ({why})")
-
-
 def main() -> None:
     """Measure, show, record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--model", default="smollm2", choices=SIZES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -418,7 +390,6 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, help="tokens, where they are random")
     parser.add_argument("--completion-length", type=int, help="tokens")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
     common.use_threads(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 140)

@@ -12,7 +12,6 @@ same arms. Accuracy is the exact probability of the right answer on held-out pro
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 import time
@@ -35,7 +34,7 @@ from python_trainer.stopping import gate_config
 from python_trainer.tasks import make_task, play
 
 from . import common
-from .tables import markdown, trl
+from .tables import show
 
 ARMS: dict[str, dict[str, Any]] = {
     "single_use": {"gate": "off", "num_iterations": 1, "learning_rate": 4e-4},
@@ -144,12 +143,9 @@ def ids_as_words(tokenizer: Any, vocabulary: int) -> Any:
 
 def main() -> None:
     """Train every arm of every seed; the record is written anew after each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--batches", type=int, default=160, help="rollout batches an arm")
-    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)  # of transformers' own names
     transformers.logging.set_verbosity_error()
@@ -173,8 +169,7 @@ def main() -> None:
             record = {"benchmark": "trl", "stamp": stamp, "summary": summary, "logs": logs}
             if args.save:
                 common.save(args.save, record)
-    for _, rows in trl(record):
-        console.print(markdown(rows), soft_wrap=True, markup=False)
+    show(record, console)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import os
@@ -57,6 +58,15 @@ def stamp(device: torch.device, threads: int | None = None) -> dict[str, Any]:
         "dirty": None if changes is None else bool(changes),  # None: not known
         "date": now(),
     }
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Of a benchmark's options, those that all have."""
+    found = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    return found
 
 
 def save(name: str, record: dict[str, Any], out: Path = RESULTS) -> Path:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from python_trainer.plots import learning
+from python_trainer.plots import draw_learning
 
 from .bench_kernels import achieved
 from .bench_lm_head import BARE
@@ -406,8 +406,8 @@ def figures(records: dict[str, Record]) -> Iterator[tuple[str, Figure]]:
         elif kind == "step":
             yield name, step_bars(record)
         elif kind == "trl":
-            yield name, learning({a: {int(s): rows for s, rows in of.items()}
-                                  for a, of in record["logs"].items()})  # fmt: skip
+            yield name, draw_learning({a: {int(s): rows for s, rows in of.items()}
+                                       for a, of in record["logs"].items()})  # fmt: skip
     for axis, draw in (("rows", by_rows), ("entropy", by_entropy), ("model", by_model)):
         for stem, panels in series(heads, axis):
             if (figure := draw(panels)) is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rich.console import Console
+from rich.markdown import Markdown
+
 from python_trainer import results
 
 Record = dict[str, Any]
@@ -15,13 +18,20 @@ def tables(records: dict[str, Record]) -> str:
     """One section per record that has a table."""
     sections = ["# Tables", "Made by `python -m benchmarks.plot` from the records beside it."]
     for name, record in records.items():
-        for title, rows in TABLES.get(record.get("benchmark", ""), lambda _: ())(record):
-            sections += [f"## {name}{title}", caption(record), markdown(rows)]
-        if missing := record.get("missing"):
-            sections.append(
-                "No times: " + "; ".join(f"{who} ({why})" for who, why in missing.items())
-            )
+        sections += of_record(name, record)
     return "\n\n".join(sections) + "\n"
+
+
+def of_record(name: str, record: Record) -> Iterator[str]:
+    for title, rows in TABLES.get(record.get("benchmark", ""), lambda _: ())(record):
+        yield from (f"## {name}{title}", caption(record), markdown(rows))
+    if missing := record.get("missing"):
+        yield "No times: " + "; ".join(f"{who} ({why})" for who, why in missing.items())
+
+
+def show(record: Record, console: Console) -> None:
+    """What was measured, on a terminal."""
+    console.print(Markdown("\n\n".join(of_record(record["benchmark"], record))))
 
 
 def markdown(rows: list[Row]) -> str:

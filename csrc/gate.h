@@ -178,8 +178,7 @@ DGG_HD void gate_step(double* s, double energy, double norm, bool has_norm) {
     }
     *reference = x;
   }
-  s[LATCH] = shut ? 1 : 0;
-  s[SHUT] = shut ? 1 : 0;
+  s[LATCH] = s[SHUT] = shut ? 1 : 0;
   if (!shut) s[APPLIED] += 1;
 }
 

@@ -225,11 +225,6 @@ def _makes_state(optimizer: torch.optim.Optimizer) -> bool:
     return any(g is not None for g in grads) and not any(g is not None and g.any() for g in grads)
 
 
-def _alone() -> bool:
-    """Whether the gradient that the kernel writes is the finished one: no other rank adds to it."""
-    return _world() == 1
-
-
 def _full(norm: Tensor) -> Tensor:
     """A norm over DTensor shards as the plain tensor that every rank holds."""
     # Not by its class: torch.distributed.tensor would double the time that importing this takes.
@@ -238,7 +233,7 @@ def _full(norm: Tensor) -> Tensor:
 
 def _same_on_all_ranks(value: Tensor) -> Tensor:
     """The mean over the ranks: the same bits everywhere; NaN everywhere if it is NaN anywhere."""
-    if _alone():
+    if _world() == 1:
         return value
     value = value.clone()
     torch.distributed.all_reduce(value)
@@ -298,7 +293,6 @@ class GradientGate:
         # Read by torch's fused optimizers: exactly 0.0 or 1.0, and the divisor that clips.
         self.found_inf = state[Slot.LATCH].to(device, torch.float32)
         self.grad_scale = torch.ones((), dtype=torch.float32, device=device)
-        self._one = torch.ones((), dtype=torch.float32, device=device)
         # Written by the backward of linear_logprob: squared norms of the gradient's rows as stored.
         self.row_sq = torch.zeros(len(self.weight), dtype=torch.float32, device=device)
         self._head_grad: Tensor | None = None  # sum of this update's head gradients, if kept
@@ -370,7 +364,7 @@ class GradientGate:
     def detach(self) -> None:
         """Undo every `attach`: the optimizers step as if they had never met the gate."""
         for attached in self._optimizers:
-            attached.release()
+            attached.close()
         self._optimizers.clear()
         self.max_grad_norm = self._scaler = None
         self._captured = False
@@ -442,8 +436,11 @@ class GradientGate:
             raise RuntimeError("decide: call foresee(loss) first: GateConfig.energy is 'loss'")
         self._check_scalar("energy", energy)
         self._check_scalar("grad_norm", grad_norm)
-        for attached in self._optimizers:
-            if attached.on_host and self._is_scaled(attached.optimizer):
+        if self._scaler is not None:
+            states = self._scaler._per_optimizer_states  # pyright: ignore[reportPrivateUsage]
+            by_host = [id(a.optimizer) for a in self._optimizers if a.on_host]
+            # A fused one sees it at its step.
+            if any(states[of]["stage"] is OptState.READY for of in by_host):
                 raise RuntimeError("decide: call scaler.unscale_(optimizer) first: its gradient is "
                                    "still multiplied by the loss scale")  # fmt: skip
         limit = self.max_grad_norm
@@ -509,7 +506,7 @@ class GradientGate:
         """The state's header as the host knows it: the device writes it at every decision."""
         if self._pinned is None:
             return self._state.numpy()
-        if wait or not _alone():
+        if wait or _world() > 1:
             self._copied.synchronize()
         return self._pinned.numpy()
 
@@ -643,10 +640,9 @@ class GradientGate:
         head, frozen = self.config.energy != "parameter", not self.weight.requires_grad
         if head and self._head_grad is not None:
             gradient, scaled = self._head_grad, True
-        elif head and self._backwards == 1 and (self._grad_was_empty or frozen) and _alone():
-            if self._scaler is None:
-                return self.row_sq, True
-            return self.row_sq / self._loss_scale().square(), True
+        elif head and self._backwards * _world() == 1 and (self._grad_was_empty or frozen):
+            scale = self._loss_scale()
+            return self.row_sq if scale is None else self.row_sq / scale.square(), True
         elif frozen:
             raise RuntimeError(
                 f"decide: the weight is frozen and {self._backwards} backward passes (on "
@@ -656,28 +652,18 @@ class GradientGate:
             raise RuntimeError("decide: the gate's weight has no gradient")
         else:
             gradient, scaled = self.weight.grad, False
-        if scaled and not _alone():
+        if scaled and _world() > 1:
             torch.distributed.all_reduce(gradient)
             gradient /= _world()  # DDP and FSDP average, too
         energy = _full(norm(gradient))
-        if scaled:
-            energy = energy / self._loss_scale()
+        if scaled and (scale := self._loss_scale()) is not None:
+            energy = energy / scale
         return _same_on_all_ranks(energy).reshape(1), False
 
-    def _loss_scale(self) -> Tensor:
+    def _loss_scale(self) -> Tensor | None:
         """What the kernel's gradient is still multiplied by: it was written before unscale_()."""
-        if self._scaler is None:
-            return self._one
         # get_scale() would wait for the device.
-        scale = self._scaler._get_scale_async()  # pyright: ignore[reportPrivateUsage]
-        return self._one if scale is None else scale
-
-    def _is_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the scaler has not unscaled its gradient yet. A fused one sees it at its step."""
-        if self._scaler is None:
-            return False
-        states = self._scaler._per_optimizer_states  # pyright: ignore[reportPrivateUsage]
-        return states[id(optimizer)]["stage"] is OptState.READY
+        return self._scaler and self._scaler._get_scale_async()  # pyright: ignore[reportPrivateUsage]
 
     def _check_scalar(self, name: str, value: Tensor | None) -> None:
         if value is None:

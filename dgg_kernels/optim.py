@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -22,22 +23,13 @@ _REMEDY = (
 )
 
 
-class AttachedOptimizer:
-    """An optimizer that reads the gate's flag, and how to let it go."""
+class AttachedOptimizer(ExitStack):
+    """An optimizer that reads the gate's flag; `close()` takes flag, clip scale and hooks away."""
 
     def __init__(self, optimizer: Optimizer, on_host: bool) -> None:
+        super().__init__()
         self.optimizer, self.on_host = optimizer, on_host  # on_host: its step is not called
         self.has_decision = False  # of the gate, for its next step
-        self._undo: list[Callable[[], None]] = []
-
-    def on_release(self, undo: Callable[[], None]) -> None:
-        """Remember what `release` has to do."""
-        self._undo.append(undo)
-
-    def release(self) -> None:
-        """Take flag, clip scale and hooks away again."""
-        while self._undo:
-            self._undo.pop()()
 
 
 def attach_optimizer(
@@ -82,7 +74,7 @@ def attach_optimizer(
         _check_can_skip(optimizer)
         _skip_on_device(attached, found_inf, grad_scale, steps)
     optimizer._dgg_attached = True  # pyright: ignore[reportAttributeAccessIssue]
-    attached.on_release(lambda: delattr(optimizer, "_dgg_attached"))
+    attached.callback(delattr, optimizer, "_dgg_attached")
     return attached
 
 
@@ -141,14 +133,9 @@ def _skip_on_device(
         return (optimizer,), {"closure": decided}
 
     of: Any = attached.optimizer
-
-    def release() -> None:
-        for name in ("found_inf", "grad_scale"):
-            if hasattr(of, name):
-                delattr(of, name)
-
-    attached.on_release(release)
-    attached.on_release(of.register_step_pre_hook(before).remove)
+    for name in ("found_inf", "grad_scale"):
+        attached.callback(vars(of).pop, name, None)
+    attached.callback(of.register_step_pre_hook(before).remove)
 
 
 def _skip_on_host(
@@ -193,7 +180,7 @@ def _skip_on_host(
         else:
             delattr(optimizer, "step")
 
-    attached.on_release(release)
+    attached.callback(release)
 
 
 def by_kind(grads: Iterable[Tensor | None]) -> list[list[Tensor]]:

@@ -98,9 +98,8 @@ def codes_of(weight: Tensor, kind: Screen, owner: Tensor) -> list[Tensor]:
     step was captured, all calls.
     """
     data = weight.detach()
-    if torch.compiler.is_compiling() or _steps_are_captured or _capturing():
-        return _quantized(data, kind)
-    if owner.is_inference():  # it does not count its writes
+    repeated = torch.compiler.is_compiling() or _steps_are_captured or _capturing()
+    if repeated or owner.is_inference():  # the latter does not count its writes
         return _quantized(data, kind)
     if owner not in _copies:
         _copies[owner] = {}

@@ -39,7 +39,7 @@ from .files import (
     versions,
     write_json,
 )
-from .loop import Progress, WarmStart, load_weights, prepare, train
+from .loop import Progress, WarmStart, new_policy, prepare, train
 from .model import check_model
 from .plots import PLOTS
 from .results import last_quarter
@@ -343,7 +343,8 @@ def evaluate(out: Path, show: int, console: Console) -> None:
             found = True
             config = replace(shared, seed=seed)
             task = make_task(config.task, config.task_options)
-            policy = load_weights(config, task, state)
+            policy = new_policy(config, task)
+            checkpoint.restore_weights(policy, state)
             engine = make_engine(policy, config)
             accuracy = Evaluator(task, policy, config, Ranks.alone()).accuracy(policy, engine)
             console.print(

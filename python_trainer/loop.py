@@ -27,7 +27,7 @@ from .distributed import Ranks, gathered, spread, whole
 from .engine import make_engine
 from .evaluate import Evaluator, shown
 from .files import MetricsLog, Row
-from .loss import group_advantages, mask_truncated, policy_loss, token_shares
+from .loss import group_advantages, policy_loss, token_shares
 from .model import Policy, load_policy
 from .rollout import Rollout, Sequences, Transcript, in_chunks, pack, play, sample, texts
 from .stopping import ARMS, Arm
@@ -71,13 +71,6 @@ def prepare(config: TrainConfig, task: Task) -> WarmStart:
     """Build and warm up the policy; deterministic in `config`."""
     policy = new_policy(config, task)
     return WarmStart(task, policy, warm_up(policy, task, config))
-
-
-def load_weights(config: TrainConfig, task: Task, state: dict[str, Any]) -> Policy:
-    """The policy with the weights of a checkpoint."""
-    policy = new_policy(config, task)
-    checkpoint.restore_weights(policy, state)
-    return policy
 
 
 def new_policy(config: TrainConfig, task: Task) -> Policy:
@@ -200,8 +193,8 @@ class Run:
         sequences = pack(sampled, self.policy.tokenizer.pad, device, widths)
         length_B = sequences.mask_BC.sum(dim=1).float()
         ended_B = torch.tensor([t.ended for t in sampled], device=device)
-        if config.mask_truncated_completions:
-            sequences = sequences._replace(mask_BC=mask_truncated(sequences.mask_BC, ended_B))
+        if config.mask_truncated_completions:  # DAPO's overlong filtering: they count nowhere
+            sequences = sequences._replace(mask_BC=sequences.mask_BC & ended_B[:, None])
         reward_B = torch.tensor([t.reward for t in sampled], device=device)
         all_B = self.ranks.gather(reward_B)
         advantage_B = group_advantages(all_B, config.num_generations, config.scale_rewards)
@@ -303,7 +296,7 @@ class Run:
         self.saved_at = progress.updates_attempted
         state = checkpoint.training_state(self.policy, self.optimizer)
         generators = checkpoint.random_states(self.ranks, self.config.device)
-        batch = {} if self.batch is None else self.batch.tensors()
+        batch = {} if self.batch is None else vars(self.batch)
         batch = {f"batch.{name}": self.ranks.gather(value) for name, value in batch.items()}
         if self.ranks.first:
             gate = self.arm.gate.state_dict()

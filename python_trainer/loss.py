@@ -19,7 +19,7 @@ Where TRL and the papers differ, TRL is followed:
   arXiv 2512.02556). TRL's `use_bias_correction_kl=False` has no counterpart here.
 - DAPO's and CISPO's formulas divide by the tokens of one prompt's group; here it is by those of
   the batch. Dr. GRPO's divides by nothing; here it is by a constant, as in its authors' code.
-- A masked completion (`mask_truncated`) still counts in the B of grpo, gspo and dr_grpo, and in
+- A completion that is masked as truncated still counts in the B of grpo, gspo and dr_grpo, and in
   its group's mean and standard deviation.
 
 Left out: entropy bonuses, token-level advantages, the two-sided clip `delta`, sapo, luspo, vespo.
@@ -68,15 +68,6 @@ def group_advantages(
     if scale_rewards == "batch":
         return centred_B / (reward_B.std() + 1e-4)
     return centred_B / (reward_PG.std(dim=1).repeat_interleave(num_generations) + 1e-4)
-
-
-def mask_truncated(mask_BC: Tensor, ended_B: Tensor) -> Tensor:
-    """The mask without the sequences that did not end by themselves, [B, C] bool.
-
-    Apply it before the loss, so that those sequences count nowhere: neither in the loss's
-    normalisation nor in its monitors (DAPO's overlong filtering).
-    """
-    return mask_BC & ended_B[:, None]
 
 
 def token_shares(

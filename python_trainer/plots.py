@@ -86,7 +86,7 @@ def panels(rows: int, columns: int, height: float, width: float = 11) -> tuple[A
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -147,11 +147,7 @@ def batch_curve(rows: list[Row], key: str, of: Any) -> Curve:
     return {batch: of(values) for batch, values in per_batch(rows, key).items()}
 
 
-def draw_learning(logs: Logs) -> bytes:
-    return _png(learning(logs))
-
-
-def learning(logs: Logs) -> Any:
+def draw_learning(logs: Logs) -> Any:
     """Accuracy and reward; rows of type eval and, of the updates, `rollouts` and `reward`."""
     figure, axes = panels(1, 2, 4.6)
     left, right = axes[0]
@@ -167,8 +163,8 @@ def learning(logs: Logs) -> Any:
     return figure
 
 
-def draw_gates(logs: Logs, gates: dict[str, tuple[float, str]]) -> bytes:
-    """Every decision of the gated arms, of the first seed of each.
+def draw_gates(logs: Logs, gates: dict[str, tuple[float, str]]) -> Any:
+    """Every decision of the gated arms, of the first seed of each; None where there is none.
 
     `gates`: of these arms, the threshold, and what of a row is scored.
     """
@@ -177,7 +173,7 @@ def draw_gates(logs: Logs, gates: dict[str, tuple[float, str]]) -> bytes:
     firsts = {(arm, min(logs[arm])): updates(logs[arm][min(logs[arm])]) for arm in gates}
     firsts = {which: rows for which, rows in firsts.items() if rows}
     if not firsts:
-        return b""
+        return None
     figure, axes = panels(2 * len(firsts), 1, 5.2 * len(firsts))
     for i, ((arm, seed), rows) in enumerate(firsts.items()):
         label, colour, _ = style(arm)
@@ -212,10 +208,10 @@ def draw_gates(logs: Logs, gates: dict[str, tuple[float, str]]) -> bytes:
         lower.set_xlabel("update attempts")
         lower.axhline(threshold, color=INK, linestyle=":", label=f"threshold {threshold:g}")
     _legend(figure, axes[1, 0])
-    return _png(figure)
+    return figure
 
 
-def draw_divergence(logs: Logs) -> bytes:
+def draw_divergence(logs: Logs) -> Any:
     figure, axes = panels(2, 2, 7.2)
     for column, (layer, title) in enumerate((("lm_head", "lm_head"), ("middle", "middle layer"))):
         per_update, total = axes[0, column], axes[1, column]
@@ -235,10 +231,10 @@ def draw_divergence(logs: Logs) -> bytes:
             ax.set_ylim(0, top)
     _say_seeds(figure, logs)
     _legend(figure, axes[0, 0])
-    return _png(figure)
+    return figure
 
 
-def draw_uses(logs: Logs) -> bytes:
+def draw_uses(logs: Logs) -> Any:
     figure, axes = panels(1, 2, 4.2)
     left, right = axes[0]
     uses = {
@@ -263,4 +259,4 @@ def draw_uses(logs: Logs) -> bytes:
     right.set_ylim(bottom=0)
     _say_seeds(figure, logs)
     _legend(figure, right)
-    return _png(figure)
+    return figure

@@ -13,7 +13,7 @@ from .compare import read_run
 from .config import ConfigError, TrainConfig
 from .evaluate import readable
 from .files import Row, read_metrics, write_atomically
-from .plots import PLOTS, Logs, draw_divergence, draw_gates, draw_learning, draw_uses, style
+from .plots import PLOTS, Logs, draw_divergence, draw_gates, draw_learning, draw_uses, png, style
 from .results import (
     COLUMNS,
     Summary,
@@ -49,8 +49,8 @@ def write(out: Path) -> None:
     }
     logs = {arm: seeds for arm, seeds in logs.items() if seeds}
     plots = draw(logs, summary) if logs else {}
-    for name, (_, png) in plots.items():
-        write_atomically(out / f"{name}.png", png)
+    for name, (_, image) in plots.items():
+        write_atomically(out / f"{name}.png", image)
     write_atomically(out / "report.html", page(summary, plots, logs, missing(out, summary)))
 
 
@@ -65,7 +65,7 @@ def draw(logs: Logs, summary: Summary) -> Plots:
         "divergence": draw_divergence(logs),
         "uses": draw_uses(logs),
     }
-    return {name: (PLOTS[name], png) for name, png in drawn.items() if png}
+    return {name: (PLOTS[name], png(figure)) for name, figure in drawn.items() if figure}
 
 
 def print_table(summary: Summary, console: Any) -> None:
@@ -163,8 +163,8 @@ def page(summary: Summary, plots: Plots, logs: Logs, absent: Sequence[str]) -> s
     seeds = seeds_of(summary)
     images = "".join(
         f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
-        f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for title, png in plots.values()
+        f'src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+        for title, image in plots.values()
     )
     of = f", seed{'s' if len(seeds) > 1 else ''} {listed(seeds)}" if seeds else ""
     return PAGE.format(

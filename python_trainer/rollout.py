@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -69,10 +69,6 @@ class Rollout:
     @property
     def sequences(self) -> Sequences:
         return Sequences(self.tokens_BT, self.attention_BT, self.mask_BC)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything, by name: what a checkpoint keeps of a batch in use."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 def pack(

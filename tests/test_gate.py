@@ -188,6 +188,12 @@ def make(seed=0, **config):
     return body, head, optimizer, gate, backward
 
 
+def assert_energy(gate, gradient):
+    """That it is the norm of this gradient."""
+    exact = torch.linalg.vector_norm(gradient.double())
+    torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+
+
 def everything(body, head, optimizer):
     state = optimizer.state_dict()["state"]
     return copy.deepcopy([body.state_dict(), head.state_dict(), state])
@@ -208,8 +214,7 @@ def test_a_foreseen_update_is_scored_by_its_signal_and_shut_before_the_backward(
                 break
             backward()
             gate.decide()
-            exact = torch.linalg.vector_norm(head.weight.grad.double())
-            torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+            assert_energy(gate, head.weight.grad)
             before = head.weight.detach().clone()
             optimizer.step()
             assert not torch.equal(before, head.weight)
@@ -312,15 +317,6 @@ def flat(tree):
     return [tree]
 
 
-def test_energy_is_the_norm_of_the_finished_gradient():
-    _, head, _, gate, backward = make()
-    gate.new_batch()
-    backward()
-    gate.decide()
-    exact = torch.linalg.vector_norm(head.weight.grad.double())
-    torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
-
-
 def test_energy_after_accumulation_is_that_of_the_sum():
     _, head, optimizer, gate, _ = make()
     x = torch.randn(2, 16, 8)
@@ -330,8 +326,7 @@ def test_energy_after_accumulation_is_that_of_the_sum():
     for i in range(2):
         (-linear_logprob(x[i], head.weight, y[i], gate=gate).logp.mean()).backward()
     gate.decide()
-    exact = torch.linalg.vector_norm(head.weight.grad.double())
-    torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+    assert_energy(gate, head.weight.grad)
 
 
 def test_tied_embedding_head_energy_is_the_head_alone_and_parameter_energy_is_both():
@@ -526,8 +521,7 @@ def test_while_shut_a_gated_head_does_nothing(accumulate, grad_eps):
     gate.new_batch()
     assert all(map(torch.equal, update(gate=gate), ungated))
     decide()
-    exact = torch.linalg.vector_norm(ungated[-1].double())
-    torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+    assert_energy(gate, ungated[-1])
 
 
 def test_state_dict_resumes_with_the_same_decisions():
@@ -702,8 +696,7 @@ def test_misuse_is_refused_before_any_state_changes(misuse):
         if foresees:
             gate.foresee(_ONE)
         gate.decide()
-        exact = torch.linalg.vector_norm(head.weight.grad.double())
-        torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+        assert_energy(gate, head.weight.grad)
     elif when == "decided":
         optimizer.step()
 
@@ -799,8 +792,7 @@ def test_grad_scaler_and_gate_skip_independently_and_only_inf_lowers_the_scale(h
         scaler.unscale_(optimizer)
         gate.decide(energy=torch.tensor(math.nan) if shut else None)
         if not (shut or overflow):
-            exact = torch.linalg.vector_norm(head.weight.grad.double())
-            torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+            assert_energy(gate, head.weight.grad)
         scaler.step(optimizer)
         scaler.update()
         seen.append((torch.equal(before, head.weight), scaler.get_scale()))
@@ -1017,8 +1009,7 @@ def test_accumulated_head_energy_of_a_tied_or_frozen_weight(frozen):
             out = linear_logprob(hidden, embedding.weight, row, gate=gate, grad_eps=0.0)
             out.logp.mean().neg().backward()
         gate.decide()
-        exact = torch.linalg.vector_norm(w.grad.double())
-        torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+        assert_energy(gate, w.grad)
 
 
 def test_the_energy_of_a_large_gradient_is_exact_however_many_passes_made_it():
@@ -1031,8 +1022,7 @@ def test_the_energy_of_a_large_gradient_is_exact_however_many_passes_made_it():
         torch.ones(2, 256), weight, torch.zeros(2).long(), gate=gate
     ).logp.sum().backward()
     gate.decide()
-    exact = torch.linalg.vector_norm(weight.grad.double())
-    torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+    assert_energy(gate, weight.grad)
 
 
 def test_a_frozen_weight_over_several_passes_asks_for_accumulate():
@@ -1061,8 +1051,7 @@ def test_two_heads_in_one_graph_and_a_graph_used_twice():
         else:
             sum(halves).backward()
         gate.decide()
-        exact = torch.linalg.vector_norm(head.weight.grad.double())
-        torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+        assert_energy(gate, head.weight.grad)
 
 
 def test_hooks_that_copy_what_is_saved_do_not_hide_the_energy():
@@ -1072,8 +1061,7 @@ def test_hooks_that_copy_what_is_saved_do_not_hide_the_energy():
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
         backward()
     gate.decide()
-    exact = torch.linalg.vector_norm(head.weight.grad.double())
-    torch.testing.assert_close(gate.metrics()["gate/energy"], exact, rtol=1e-6, atol=0)
+    assert_energy(gate, head.weight.grad)
 
 
 @pytest.mark.parametrize("host_gate", [False, True])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from python_trainer.config import LOSSES, TrainConfig
-from python_trainer.loss import group_advantages, mask_truncated, policy_loss
+from python_trainer.loss import group_advantages, policy_loss
 
 EOS = 1
 COMPLETIONS = [
@@ -133,7 +133,7 @@ def test_loss_and_gradient_are_those_of_trl(loss_type, beta, variant, model_path
 
     ended = torch.tensor([ids[-1] == EOS for ids in COMPLETIONS])
     if config.mask_truncated_completions:
-        mask = mask_truncated(mask, ended)
+        mask = mask & ended[:, None]
     assert mask.equal((inputs["completion_mask"] * inputs["tool_mask"]).bool())
     advantage = group_advantages(torch.tensor(REWARDS), G, config.scale_rewards)
     torch.testing.assert_close(advantage, inputs["advantages"])

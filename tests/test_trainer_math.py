@@ -16,7 +16,7 @@ from python_trainer.engine import TransformersEngine
 from python_trainer.evaluate import Evaluator
 from python_trainer.files import read_metrics
 from python_trainer.loop import Progress, Run, new_policy, prepare
-from python_trainer.loss import group_advantages, mask_truncated, policy_loss, token_shares
+from python_trainer.loss import group_advantages, policy_loss, token_shares
 from python_trainer.rollout import asking, pack, play
 from python_trainer.stopping import ARMS, continue_probability
 from python_trainer.tasks import Example, make_task
@@ -304,9 +304,7 @@ def test_micro_batches_add_up_to_the_batch(loss_type):
 
 
 def test_truncated_sequences_count_for_nothing():
-    mask = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
-    kept = mask_truncated(mask, torch.tensor([False, True, True]))
-    assert kept.equal(torch.tensor([[False] * 3, [True, True, False], [True] * 3]))
+    kept = torch.tensor([[False] * 3, [True, True, False], [True] * 3])
     torch.manual_seed(0)
     old = -torch.rand(3, 3)
     logp = (old + 0.01).requires_grad_()  # nothing is clipped

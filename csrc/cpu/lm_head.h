@@ -49,11 +49,6 @@ namespace dgg __attribute__((visibility("hidden"))) {
     memcpy(row + at, &v, std::min<int64_t>(LANES, n - at) * sizeof(float));
   }
 
-  template <typename T>
-  DGG_INLINE T from_float(float x) {
-    return T(x);
-  }
-
   template <typename F>
   auto by_dtype(const Tensor& t, F&& f) {
     switch (t.scalar_type()) {

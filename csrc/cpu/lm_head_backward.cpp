@@ -98,7 +98,7 @@ struct WeightGradient {
   void write(int64_t v, float* row, int64_t d) const {
     T* out = store ? mutable_data<T>(d_weight) + v * d : nullptr;
     for (int64_t k = 0; k < d; ++k) {
-      const T rounded = from_float<T>(row[k]);
+      const T rounded = T(row[k]);
       if (out) out[k] = rounded;
       row[k] = to_float(rounded);
     }
@@ -155,7 +155,7 @@ void backward_sparse(const Inputs& in, const Head& head, const LogitGradient& gr
       }
       std::fill(sum.begin(), sum.end(), 0.0f);
       weighted_sum(sum.data(), d, last - first, w, set.column + first, g.data() + first);
-      for (int64_t k = 0; k < d; ++k) to[k] = from_float<T>(sum[k]);
+      for (int64_t k = 0; k < d; ++k) to[k] = T(sum[k]);
     }
   });
   if (!out.weight.store && !out.weight.squares_wanted && !need_bias) return;
@@ -171,7 +171,7 @@ void backward_sparse(const Inputs& in, const Head& head, const LogitGradient& gr
         double total = 0;
         for (const float one : scale) total += (double)one;
         by_dtype(out.d_bias, [&](auto b) {
-          mutable_data<decltype(b)>(out.d_bias)[v] = from_float<decltype(b)>((float)total);
+          mutable_data<decltype(b)>(out.d_bias)[v] = decltype(b)((float)total);
         });
       }
       if (count == 0) {
@@ -251,7 +251,7 @@ void backward_dense(const Inputs& in, Head& head, const LogitGradient& gradient,
             by_dtype(out.d_bias, [&](auto b) {
               using B = decltype(b);
               for (int64_t j = 0; j < at.columns; ++j)
-                mutable_data<B>(out.d_bias)[at.column + j] = from_float<B>((float)d_b[j]);
+                mutable_data<B>(out.d_bias)[at.column + j] = B((float)d_b[j]);
             });
         }
         if (!need_weight) return;
@@ -269,7 +269,7 @@ void backward_dense(const Inputs& in, Head& head, const LogitGradient& gradient,
   parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k)
       for (int64_t j = 0; j < d; ++j)
-        mutable_data<T>(out.d_hidden)[index[k] * d + j] = from_float<T>(from[k * d + j]);
+        mutable_data<T>(out.d_hidden)[index[k] * d + j] = T(from[k * d + j]);
   });
 }
 

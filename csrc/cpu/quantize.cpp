@@ -47,7 +47,7 @@ RowCodes to_codes(const T* row, int64_t d, BFloat16* codes) {
   double square = 0, error = 0;
   for (int64_t k = 0; k < d; ++k) {
     const float x = to_float(row[k]);
-    codes[k] = from_float<BFloat16>(x);
+    codes[k] = BFloat16(x);
     const float off = x - to_float(codes[k]);
     square += (double)x * x;
     error += (double)off * off;
@@ -87,7 +87,6 @@ void quantize_rows_cpu(const Tensor& x, const Tensor& codes, const Tensor& scale
 }  // namespace
 
 Codes quantize_rows(const Tensor& x, bool int8) {
-  STD_TORCH_CHECK(x.dim() == 2, "quantize_rows: expected [R, D]");
   const int64_t rows = x.size(0);
   const Codes to{torch::stable::new_empty(x, {rows, x.size(1)},
                                           int8 ? ScalarType::Char : ScalarType::BFloat16),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 
-from dgg_kernels import GateConfig
+import torch
+
+from dgg_kernels import GateConfig, GradientGate
 
 
 def warn_of_single_use(uses: int, config: GateConfig, setting: str, library: str) -> None:
@@ -16,3 +18,11 @@ def warn_of_single_use(uses: int, config: GateConfig, setting: str, library: str
             "nothing to decide (but a gradient that is not finite): expected 2 or more",
             stacklevel=3,
         )
+
+
+def last_decision(gate: GradientGate) -> dict[str, float]:
+    """The gate's metrics on the host, which waits for them; a NaN energy alone is a finding."""
+    metrics = gate.metrics()
+    values = torch.stack(list(metrics.values())).tolist()
+    found = zip(metrics, values, strict=True)
+    return {name: v for name, v in found if name == "gate/energy" or not math.isnan(v)}

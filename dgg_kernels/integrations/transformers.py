@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import types
 import weakref
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils.generic import ModelOutput
 
 from dgg_kernels import GradientGate, LogprobOutput, linear_logprob
+
+from . import last_decision
 
 IGNORE = -100  # the label that transformers leaves out of a loss
 
@@ -376,16 +377,10 @@ class DGGCallback(TrainerCallback, ExportableState):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Add the last decision to a training step's logs; a NaN energy alone is worth a line."""
+        """Add the last decision to a training step's logs."""
         if logs is None or "loss" not in logs:
             return
-        metrics = self.gate.metrics()
-        values = torch.stack(list(metrics.values())).tolist()
-        found = {
-            name: value
-            for name, value in zip(metrics, values, strict=True)
-            if name == "gate/energy" or not math.isnan(value)
-        }
+        found = last_decision(self.gate)
         logs.update(found)
         state.log_history[-1].update(found)
 

@@ -29,7 +29,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from dgg_kernels import GateConfig, GradientGate
 from dgg_kernels.monitor import norm
 
-from . import warn_of_single_use
+from . import last_decision, warn_of_single_use
 from .verl_head import use_linear_cross_entropy
 
 GATE_FILE = "dgg_gate.pt"  # beside verl's own files in a checkpoint
@@ -234,21 +234,14 @@ class DGGEngine(FSDPEngineWithLMHead):
         self.optimizer.step()
         self._updates += 1
         self._begin_update()
-        metrics = self.gate.metrics()
-        # verl waits for its gradient norm here, too.
-        values = torch.stack(list(metrics.values())).tolist()
-        self._decision = dict(zip(metrics, values, strict=True))
-        return self._decision["grad_norm"]
+        self._decision = last_decision(self.gate)  # verl waits for its gradient norm here, too
+        return self._decision.get("grad_norm", math.nan)
 
     def train_batch(self, data: Any, loss_function: Any) -> dict[str, Any]:
-        """verl's, and the decision among the metrics; a NaN energy alone is a finding."""
+        """verl's, and the decision among the metrics."""
         outputs = super().train_batch(data, loss_function)
         if self.gated:
-            found = {
-                name: value
-                for name, value in self._decision.items()
-                if name.startswith("gate/") and (name == "gate/energy" or not math.isnan(value))
-            }
+            found = {k: v for k, v in self._decision.items() if k.startswith("gate/")}
             outputs["metrics"] |= Metric.from_dict(found, aggregation="mean")
         return outputs
 

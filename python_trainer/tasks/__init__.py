@@ -6,6 +6,7 @@ A task with a verifier and nothing else (mathematics) is an environment of one t
 from __future__ import annotations
 
 import importlib
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -85,6 +86,22 @@ def options_of(kind: type[O], given: dict[str, Any]) -> O:
         if name not in known:
             raise ConfigError(f"task_options: expected {', '.join(known)}, got {name!r}")
     return kind(**given)
+
+
+def check_integers(options: Any, **bounds: tuple[int, float]) -> None:
+    """Raise ConfigError unless these options are integers, from the first bound to the second."""
+    for name, (low, high) in bounds.items():
+        value = getattr(options, name)
+        if type(value) is not int or not low <= value <= high:
+            bound = f">= {low}" if high == math.inf else f"in {low}..{high}"
+            raise ConfigError(f"task_options.{name}: expected an integer {bound}, got {value!r}")
+
+
+def check_paths(options: Any, *names: str) -> None:
+    """Raise ConfigError unless these options are texts or None."""
+    for name in names:
+        if not isinstance(value := getattr(options, name), str | None):
+            raise ConfigError(f"task_options.{name}: expected a path, got {value!r}")
 
 
 FAMILIES = {

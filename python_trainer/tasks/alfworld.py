@@ -68,7 +68,7 @@ from textworld.envs.pddl.logic import GameLogic, PddlState
 from textworld.generator.game import EntityInfo
 
 from ..config import ConfigError, TaskError, one_line
-from . import Example, is_held_out, options_of
+from . import Example, check_integers, check_paths, is_held_out, options_of
 
 MAX_TURN = 200  # characters; a longer turn is not understood
 LAMP = "DeskLamp"
@@ -120,24 +120,15 @@ class Options:
         known = list(KINDS)
         if not isinstance(kinds, list | tuple) or not kinds or not all(k in known for k in kinds):
             raise ConfigError(f"task_options.kinds: expected some of {known}, got {kinds!r}")
-        for name, low, high in (
-            ("games", 1, 10**6),
-            ("receptacles", 3, 100),  # of the source, the tool and the goal
-            ("objects", 1, 100),
-            ("max_turns", 1, 100),
-            ("seed", 0, 2**63),
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise ConfigError(
-                    f"task_options.{name}: expected an integer in {low}..{high}, got {value!r}"
-                )
+        check_integers(
+            self, games=(1, 10**6), objects=(1, 100), max_turns=(1, 100), seed=(0, 2**63),
+            receptacles=(3, 100),  # of the source, the tool and the goal
+        )  # fmt: skip
         if not isinstance(self.list_commands, bool):
             raise ConfigError(
                 f"task_options.list_commands: expected a bool, got {self.list_commands!r}"
             )
-        if self.data is not None and not isinstance(self.data, str):
-            raise ConfigError(f"task_options.data: expected a path, got {self.data!r}")
+        check_paths(self, "data")
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,12 @@ def _expand_digits(completion: str) -> str:
     return str(completion.split(",") if "," in completion else list(completion))
 
 
-def _strip_spaces(expression: str) -> str:
-    return expression.replace(" ", "") + "="
-
-
+SUMS = Rendering(
+    defaults=dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
+    prompt=lambda m: m["expression"].replace(" ", "") + "=",
+    answer=lambda entry: entry["answer"],
+    expand=str,
+)
 RENDERINGS = {
     "number_sorting": Rendering(
         defaults=dict(
@@ -110,18 +112,8 @@ RENDERINGS = {
         answer=lambda entry: _digits(entry["metadata"]["sorted_numbers"]),
         expand=_expand_digits,
     ),
-    "chain_sum": Rendering(
-        defaults=dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
-        prompt=lambda m: _strip_spaces(m["expression"]),
-        answer=lambda entry: entry["answer"],
-        expand=lambda completion: completion,
-    ),
-    "basic_arithmetic": Rendering(
-        defaults=dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
-        prompt=lambda m: _strip_spaces(m["expression"]),
-        answer=lambda entry: entry["answer"],
-        expand=lambda completion: completion,
-    ),
+    "chain_sum": SUMS,
+    "basic_arithmetic": SUMS,
 }
 
 

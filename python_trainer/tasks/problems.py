@@ -94,9 +94,11 @@ def _example(line: bytes, where: str) -> Example:
     except UnicodeDecodeError as error:
         raise TaskError(f"{where}: expected UTF-8, got byte {line[error.start]:#04x}") from error
     except (ValueError, RecursionError) as error:
-        raise TaskError(f"{where}: expected a JSON object, got {_short(line.decode())}") from error
+        raise TaskError(
+            f"{where}: expected a JSON object, got {reprlib.repr(line.decode())}"
+        ) from error
     if not isinstance(record, dict):
-        raise TaskError(f"{where}: expected a JSON object, got {_short(record)}")
+        raise TaskError(f"{where}: expected a JSON object, got {reprlib.repr(record)}")
     fields = {str(name).lower(): value for name, value in record.items()}
     problem = _text(fields, where, "problem", "question")
     answer = _text(fields, where, "answer").split("####")[-1].strip()
@@ -113,7 +115,7 @@ def _text(fields: dict[str, Any], where: str, *names: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)  # AIME's answers
     if not isinstance(value, str) or not value.strip() or not _encodes(value):
-        got = "nothing" if value is None else _short(value)
+        got = "nothing" if value is None else reprlib.repr(value)
         raise TaskError(f"{where}: {' or '.join(names)}: expected a text, got {got}")
     return value.strip()
 
@@ -121,10 +123,6 @@ def _text(fields: dict[str, Any], where: str, *names: str) -> str:
 def _encodes(text: str) -> bool:
     """JSON can spell halves of surrogate pairs, which no tokenizer takes."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _short(value: Any) -> str:
-    return reprlib.repr(value)
 
 
 __all__ = ["Problems"]

@@ -44,7 +44,7 @@ from typing import Any
 import bm25s
 
 from ..config import ConfigError, TaskError
-from . import Example, is_held_out, options_of
+from . import Example, check_integers, check_paths, is_held_out, options_of
 from .bm25 import BM25
 
 MAX_TURN = 2000  # characters; a longer turn is not understood
@@ -124,25 +124,14 @@ class Options:
     def __post_init__(self) -> None:
         if self.metric not in ("f1", "em"):
             raise ConfigError(f"task_options.metric: expected f1 or em, got {self.metric!r}")
-        self._integer("top_k", 1, 20)
-        self._integer("max_turns", 1, 100)
-        self._integer("min_hops", 1, 4)  # at 4 hops there are 11,000 questions
-        self._integer("max_hops", self.min_hops, 4)
-        self._integer("wordings", 1, 2)
-        self._integer("kb_seed", 0, 2**63)
-        if self.data is not None and not isinstance(self.data, str):
-            raise ConfigError(f"task_options.data: expected a path, got {self.data!r}")
+        # At 4 hops there are 11,000 questions.
+        check_integers(self, top_k=(1, 20), max_turns=(1, 100), min_hops=(1, 4))
+        check_integers(self, max_hops=(self.min_hops, 4), wordings=(1, 2), kb_seed=(0, 2**63))
+        check_paths(self, "data")
         if self.data is None and self.max_turns <= self.wordings * self.max_hops:
             raise ConfigError(
                 "task_options.max_turns: expected more than wordings * max_hops "
                 f"({self.wordings * self.max_hops}; the expert's searches), got {self.max_turns}"
-            )
-
-    def _integer(self, name: str, low: int, high: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ConfigError(
-                f"task_options.{name}: expected an integer in [{low}, {high}], got {value!r}"
             )
 
 

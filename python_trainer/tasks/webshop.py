@@ -79,7 +79,14 @@ from bm25s.stopwords import STOPWORDS_EN
 from rapidfuzz import fuzz, utils
 
 from ..config import ConfigError, TaskError
-from . import HELD_OUT_SHARE, Example, is_held_out, options_of
+from . import (
+    HELD_OUT_SHARE,
+    Example,
+    check_integers,
+    check_paths,
+    is_held_out,
+    options_of,
+)  # fmt: skip
 from .bm25 import BM25
 
 FOUND = 50  # most products that a search returns, as in the paper
@@ -128,26 +135,15 @@ class Options:
     instructions: str | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("products", 1, math.inf),
-            ("page_size", 1, len(LABELS)),
-            ("max_turns", 1, math.inf),
-            ("asked_attributes", 1, math.inf),
-            ("asked_options", 0, math.inf),
-        ):
-            value = getattr(self, name)
-            if name == "products" and value is None:
-                continue
-            if type(value) is not int or not low <= value <= high:
-                bound = f">= {low}" if high == math.inf else f"in {low}..{high}"
-                raise ConfigError(
-                    f"task_options.{name}: expected an integer {bound}, got {value!r}"
-                )
-        for name in ("catalogue", "attributes", "instructions"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ConfigError(f"task_options.{name}: expected a path, got {value!r}")
-            if value is not None and self.catalogue is None:
+        if self.products is not None:
+            check_integers(self, products=(1, math.inf))
+        check_integers(
+            self, page_size=(1, len(LABELS)), max_turns=(1, math.inf),
+            asked_attributes=(1, math.inf), asked_options=(0, math.inf),
+        )  # fmt: skip
+        check_paths(self, "catalogue", "attributes", "instructions")
+        for name in ("attributes", "instructions"):
+            if self.catalogue is None and getattr(self, name) is not None:
                 raise ConfigError(f"task_options.{name}: needs a catalogue, got catalogue=None")
 
 
