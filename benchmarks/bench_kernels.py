@@ -84,9 +84,11 @@ def work(record: dict[str, Any], step: str) -> dict[str, Work]:
     rows lie partly in the L2 cache, so their rate may exceed that of a copy.
     """
     N, D, V = (record["shape"][name] for name in "NDV")
-    refined = record["accuracy"]["fp8" if "fp8" in step else "int8"]["refined_per_row"]
-    # A screen's margin keeps more entries. Older records have no other count.
-    kept = refined if step.startswith("screen") else record.get("kept_per_row") or refined
+    # A screen's margin keeps more entries; where V is small it has no effect. Older records have no
+    # other count.
+    refined = record["accuracy"]["fp8" if "fp8" in step else "int8"].get("refined_per_row")
+    kept = record.get("kept_per_row") or refined
+    kept = refined or kept if step.startswith("screen") else kept
     size = 2 if record["dtype"] == "bfloat16" else 4
     product, gathered, bits = 2 * N * V * D, N * kept * D * size, N * V / 8
     operands = (N + V) * D * size

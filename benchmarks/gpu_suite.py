@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", metavar="STAGE", help="just these, in their order")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args()
+    ended = time.monotonic() + 60 * args.minutes - PLOTTING
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device: --device cpu rehearses")
     out = args.out.resolve()
@@ -184,7 +185,6 @@ def main() -> None:
         rows.cached()  # or no stage would have its rows
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its stage ends with it
     record = begun(out / "suite.json", stamp)
-    ended = time.monotonic() + 60 * args.minutes - PLOTTING
 
     def carry_out(stage: Stage, seconds: float) -> None:
         console.print(f"[bold]{stage.name}[/bold]: {' '.join(stage.command)}")
@@ -195,7 +195,8 @@ def main() -> None:
         note(stage, result, time.monotonic() - began)
 
     def note(stage: Stage, result: str, seconds: float) -> None:
-        record["stages"][stage.name] = {"result": result, "seconds": seconds}
+        if not (result.startswith("skipped") and stage.name in record["stages"]):
+            record["stages"][stage.name] = {"result": result, "seconds": seconds}
         (out / "suite.json").write_text(json.dumps(record, indent=1) + "\n")
 
     for stage in planned:

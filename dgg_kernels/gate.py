@@ -663,7 +663,8 @@ class GradientGate:
     def _loss_scale(self) -> Tensor | None:
         """What the kernel's gradient is still multiplied by: it was written before unscale_()."""
         # get_scale() would wait for the device.
-        return self._scaler and self._scaler._get_scale_async()  # pyright: ignore[reportPrivateUsage]
+        scale = self._scaler and self._scaler._get_scale_async()  # pyright: ignore[reportPrivateUsage]
+        return None if scale is None else scale.to(self._state.device)
 
     def _check_scalar(self, name: str, value: Tensor | None) -> None:
         if value is None:
@@ -689,7 +690,6 @@ class GradientGate:
         """What an attached optimizer calls before its step: is there a decision for it?"""
         # A replay of a captured decide() is not heard of here.
         if (attached.has_decision or self._captured) and not self._backwards:
-            attached.has_decision = False
             return True
         if _makes_state(attached.optimizer):
             return False

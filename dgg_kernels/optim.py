@@ -80,8 +80,7 @@ def attach_optimizer(
 
 def _check_can_skip(optimizer: Optimizer) -> None:
     # A subclass's own step may read no flag.
-    step = inspect.unwrap(type(optimizer).step)
-    if not any(step is inspect.unwrap(known.step) for known in _CAN_SKIP):
+    if _step_of(type(optimizer)) not in map(_step_of, _CAN_SKIP):
         raise TypeError(
             f"optimizer: {_name(optimizer)} cannot skip a step on the device; {_REMEDY}"
         )
@@ -132,10 +131,15 @@ def _skip_on_device(
 
         return (optimizer,), {"closure": decided}
 
+    @torch.compiler.disable
+    def after(*_: Any) -> None:
+        attached.has_decision = False  # not before: a step that raised may be repeated
+
     of: Any = attached.optimizer
     for name in ("found_inf", "grad_scale"):
         attached.callback(vars(of).pop, name, None)
     attached.callback(of.register_step_pre_hook(before).remove)
+    attached.callback(of.register_step_post_hook(after).remove)
 
 
 def _skip_on_host(
@@ -159,12 +163,14 @@ def _skip_on_host(
         if not steps(attached):
             return step(*args, **kwargs)
         if shut():
+            attached.has_decision = False
             return None
         if grad_scale is not None:
             groups = optimizer.param_groups
             for part in by_kind(p.grad for group in groups for p in group["params"]):
                 scale = grad_scale.to(part[0].device)
                 torch._foreach_div_(part, scale)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+        attached.has_decision = False  # its gradient is clipped: once
         return step(*args, **kwargs)
 
     # A bound method, as a schedule that wraps it in its turn wants it.
@@ -217,6 +223,12 @@ class GatedScheduler:
         """Advance the schedule by the updates that were applied since the last call."""
         for _ in range(self._applied_updates() + self._ahead - self.scheduler.last_epoch):
             self.scheduler.step()
+
+
+def _step_of(kind: type[Optimizer]) -> Callable[..., Any]:
+    """Its step without what torch itself wraps around it."""
+    hooks = Optimizer.zero_grad.__code__.co_filename
+    return inspect.unwrap(kind.step, stop=lambda f: f.__code__.co_filename != hooks)
 
 
 def _name(optimizer: Optimizer) -> str:

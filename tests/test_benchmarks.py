@@ -255,6 +255,8 @@ def test_the_suite_outlives_its_stages(monkeypatch, tmp_path):
     # What a later call was not asked for stands as it was.
     monkeypatch.setattr(sys, "argv", [*arguments, "--only", "speed"])
     gpu_suite.main()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--only", "tests", "writes", "--minutes", "0"])
+    gpu_suite.main()
     ended = json.loads((tmp_path / "suite.json").read_text())["stages"]
     assert {name: of["result"] for name, of in ended.items()} == {
         "raises": "exit 3",

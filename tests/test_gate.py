@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import operator
 import pickle
 import warnings
 from collections import deque
 from functools import reduce
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -21,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from dgg_kernels import GateConfig, GatedScheduler, GradientGate, linear_logprob, replay
 from dgg_kernels.gate import Slot
+from dgg_kernels.optim import by_kind
 
 
 def in_order(values):
@@ -1203,6 +1207,11 @@ def test_a_subclass_is_known_by_its_step():
         def step(self, closure=None):
             return super().step(closure)
 
+    class Wrapped(torch.optim.AdamW):
+        @functools.wraps(torch.optim.AdamW.step)
+        def step(self, closure=None):
+            return None
+
     weight = torch.nn.Parameter(torch.ones(4, 3))
     gate = GradientGate(GateConfig(), weight)
     for _ in range(2):  # torch wraps the step of the class that is built first
@@ -1210,14 +1219,55 @@ def test_a_subclass_is_known_by_its_step():
         torch.optim.AdamW([weight])
     gate.detach()
     own = Own([weight], lr=0.1, fused=True)
-    with pytest.raises(TypeError, match=r"Own cannot skip a step on the device; .*host_gate=True"):
-        gate.attach(own)
+    wrapped = Wrapped([weight], lr=0.1, fused=True)
+    for other in (own, wrapped):
+        with pytest.raises(TypeError, match=r"cannot skip a step on the device; .*host_gate=True"):
+            gate.attach(other)
     gate.attach(own, host_gate=True)
     gate.new_batch()
     weight.grad = torch.ones_like(weight)
     gate.decide(energy=torch.tensor(math.nan))
     own.step()
     assert weight.eq(1).all()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_what_lies_on_several_devices_is_brought_to_the_gates(accumulate):
+    """A head on another GPU than the loss, whose scale a GradScaler keeps there; gradients."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight = torch.nn.Parameter(torch.empty(20, 8, device="cuda:1"))
+        gate = GradientGate(GateConfig(accumulate=accumulate), torch.empty(20, 8, device="meta"))
+        gate.weight, gate._backwards, gate._grad_was_empty = weight, 1, True
+        gate._state, gate.row_sq = (torch.empty(20, device="cuda:1") for _ in range(2))
+        gate._head_grad = torch.empty(20, 8, device="cuda:1") if accumulate else None
+        scale = torch.empty((), device="cuda:0")
+        gate._scaler = SimpleNamespace(_get_scale_async=lambda: scale)
+        assert gate._own_signal()[0].device == weight.device
+        grads = [torch.empty(2, device=f"cuda:{n}") for n in (0, 1, 0)]
+        assert [len(part) for part in by_kind([*grads, None])] == [2, 1]
+
+
+def test_graphs_that_torch_compile_captures_leave_the_gates_record_out():
+    assert torch.Tag.cudagraph_unsafe in torch.ops.dgg.gate_record.default.tags
+
+
+def test_a_step_that_raised_may_be_repeated():
+    """For lack of memory, say."""
+    _, head, optimizer, gate, backward = make()
+    gate.new_batch()
+    backward()
+    gate.decide()
+
+    def fails(*_):
+        raise MemoryError
+
+    failing = optimizer.register_step_pre_hook(fails)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    failing.remove()
+    before = head.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, head.weight)
 
 
 def test_a_parameter_of_two_optimizers_counts_once():

@@ -253,6 +253,22 @@ def test_a_copy_is_not_gated():
     assert gate.is_shut() and other(**inputs, labels=labels).loss > 0.1
 
 
+def test_a_copy_that_cannot_be_patched_anew_stays_as_it_came():
+    model, (inputs, labels) = build("Llama"), batch()
+    patch_lm_head(model)
+    other = copy.deepcopy(model)
+    other.lm_head.register_forward_hook(lambda module, args, logits: 2 * logits)
+    with pytest.raises(ValueError, match="model: expected a head whose logits are"):
+        patch_lm_head(other)
+    assert other(**inputs, labels=labels).log_probs.shape == (2, 8)
+    hooks = pytest.importorskip("accelerate").hooks
+    hooked = copy.deepcopy(model)
+    hooks.add_hook_to_module(hooked, hooks.ModelHook())  # which would be gone with the patch
+    with pytest.raises(ValueError, match="model: expected one that is not patched"):
+        patch_lm_head(hooked)
+    assert hooked(**inputs, labels=labels).log_probs.shape == (2, 8)
+
+
 def test_accelerate_does_not_unwrap_the_patch():
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test's

@@ -276,7 +276,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(gate, paths, tmp_path):
     new_pass = [n for n in range(20) if reuse[n] == 1][4]  # the fifth draw of two of eight
     epoch = 16  # as the Trainer counts
     for step in {after_shut, midst, last, new_pass, epoch}:
-        kept = torch.load(tmp_path / f"checkpoint-{step}" / "dgg_rollouts_0.pt", weights_only=True)
+        kept = torch.load(tmp_path / f"checkpoint-{step}" / "dgg_batch_0.pt", weights_only=True)
         assert (kept["rollouts"] is not None) == (reuse[step] > 1)
         assert all("lse" in rollouts for rollouts in kept["rollouts"] or ())
         resumed = gated(paths[False], tmp_path / f"from{step}", gate, **options)
@@ -328,15 +328,21 @@ def test_each_use_gives_the_head_the_log_sum_exps_of_the_last_one(paths, tmp_pat
     assert max(moved[:2]) < 1e-5 < 1e-3 < min(moved[4:12])
 
 
-@pytest.mark.parametrize("gate", [NEVER, GAIN], ids=["norm", "loss"])
-@pytest.mark.parametrize("at", [3, 4])  # the first use of a batch is one of them, if none is shut
-def test_a_run_that_stopped_in_the_midst_of_an_update_makes_it_anew(at, gate, paths, tmp_path):
+@pytest.mark.filterwarnings("ignore:num_iterations is 1")
+@pytest.mark.parametrize(
+    # The last two in the first use of a batch.
+    ("at", "gate", "uses"),
+    [(3, NEVER, 4), (3, GAIN, 4), (4, NEVER, 4), (4, NEVER, 1)],
+)
+def test_a_run_that_stopped_in_the_midst_of_an_update_makes_it_anew(
+    at, gate, uses, paths, tmp_path
+):
     class Stop(transformers.TrainerCallback):
         def on_substep_end(self, args, state, control, **_):
             control.should_training_stop = state.global_step == at
 
     options = {"max_steps": 8, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4,
-               "save_strategy": "epoch"}  # fmt: skip
+               "save_strategy": "epoch", "num_iterations": uses}  # fmt: skip
     whole = gated(paths[False], tmp_path / "whole", gate, **options).train()
     stopped = gated(paths[False], tmp_path / "stopped", gate, **options)
     stopped.trainer.add_callback(Stop())
@@ -465,7 +471,7 @@ def test_a_resume_with_other_settings_is_refused(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(trl.GRPOTrainer, "_save_checkpoint", lambda *_: None)
     other.trainer.state.global_step = 77
     other.trainer._save_checkpoint(None, None)
-    assert (tmp_path / "other" / "checkpoint-77" / "dgg_rollouts_0.pt").is_file()
+    assert (tmp_path / "other" / "checkpoint-77" / "dgg_batch_0.pt").is_file()
 
 
 def test_what_raises_leaves_the_arguments_as_they_were(paths, tmp_path, monkeypatch):

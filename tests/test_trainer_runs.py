@@ -34,7 +34,7 @@ from python_trainer.files import (
     write_atomically,
     write_json,
 )
-from python_trainer.loop import Progress, prepare, train
+from python_trainer.loop import Progress, Run, prepare, train
 from python_trainer.stopping import ARMS, GATED, batches_to_fill, gate_config
 
 TOYS = {"digits": Digits, "echo": Echo, "fails": Fails}
@@ -554,13 +554,21 @@ def test_saving_before_the_first_applied_update(start, tmp_path):
     assert progress.finished and progress.updates_applied == 0
 
 
-def test_lengths_are_those_of_truncated_episodes_too(start, tmp_path):
+def test_lengths_are_those_of_truncated_episodes_too(start, tmp_path, monkeypatch):
     """Though they are masked out of the loss."""
-    rows = {}
+    rows, seen, draw = {}, [], Run.draw
+
+    def watched(run):
+        draw(run)
+        seen.append((run.config.mask_truncated_completions, run.batch))
+
+    monkeypatch.setattr(Run, "draw", watched)
     for masked in (False, True):
         config = replace(TINY, mask_truncated_completions=masked, num_iterations=1)
         one_run(config, start, tmp_path / str(masked))
         rows[masked] = files.updates(files.read_metrics(tmp_path / str(masked) / "metrics.jsonl"))
+    for masked, batch in seen:
+        assert torch.equal(batch.mask_BC.any(1), batch.ended_B | (not masked))
     plain, masked = rows[False][0], rows[True][0]
     assert plain["truncated"] == masked["truncated"] > 0
     assert plain["completion_length"] == masked["completion_length"] > 0

@@ -211,14 +211,18 @@ def patch_lm_head(
     if gate is not None:
         gate.check_weight(CausalHead(model).linear.weight)
     _check_call(model, {})
+    undo = contextlib.ExitStack()  # if it is refused
     if patch := getattr(model.forward, "patch", None):
         patched, kept_as = patch
-        if patched() is model:
+        # Accelerate's hooks copy the attribute.
+        if patched() is model or not isinstance(model.forward, types.MethodType):
             raise ValueError(
                 "model: expected one that is not patched: .remove() what the first "
                 "patch_lm_head() returned"
             )
-        _unpatch(model, kept_as)  # a copy, whose patch nobody can remove
+        # A copy, whose patch nobody can remove.
+        undo.callback(vars(model).update, {k: vars(model)[k] for k in ("forward", kept_as)})
+        _unpatch(model, kept_as)
     if "_original_forward" in vars(model) and not when_asked:
         raise ValueError("model: expected one that Accelerate has not prepared: patch it before")
     # Others may lie between, as of a trainer that had the model before.
@@ -280,7 +284,9 @@ def patch_lm_head(
     def checked(tokens: Tensor) -> Tensor:
         return log_probs(model, tokens, None, 1.0, tokens)[0][:, :-1]
 
-    check_logprobs(model, checked, with_loss=not when_asked)
+    with undo:
+        check_logprobs(model, checked, with_loss=not when_asked)
+        undo.pop_all()
     return PatchedHead(model, forward, own_forward)
 
 

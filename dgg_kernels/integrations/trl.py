@@ -176,13 +176,11 @@ class DGGTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """TRL's, which would generate at a batch's first step, though a checkpoint brought it."""
         config: Any = self.args
-        once = config.steps_per_generation if self._brought else 0  # the same part, a use later
+        model: Any = self.model
         first = self._step % (config.steps_per_generation * self.num_iterations) == 0
-        self._step += once * first
-        try:
-            return super()._prepare_inputs(generation_batch)
-        finally:
-            self._step -= once * first
+        if model.training and first and self._brought and self._buffered_inputs:
+            return self._buffered_inputs[0]
+        return super()._prepare_inputs(generation_batch)
 
     # -- each use hands the head's log-sum-exps to the next one, and its loss to the gate
 
@@ -239,7 +237,7 @@ class DGGTrainer(GRPOTrainer):
         }
 
     def _rollouts_file(self, checkpoint: str | Path) -> Path:
-        return Path(checkpoint) / f"dgg_rollouts_{self.accelerator.process_index}.pt"
+        return Path(checkpoint) / f"dgg_batch_{self.accelerator.process_index}.pt"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._advance()  # now: what it draws from torch's generator is then in the checkpoint
