@@ -6,10 +6,10 @@ A task with a verifier and nothing else (mathematics) is an environment of one t
 from __future__ import annotations
 
 import importlib
-import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from math import inf  # `math` is the name of a module here
 from typing import Any, Protocol, TypeVar
 
 from ..config import ConfigError
@@ -93,7 +93,7 @@ def check_integers(options: Any, **bounds: tuple[int, float]) -> None:
     for name, (low, high) in bounds.items():
         value = getattr(options, name)
         if type(value) is not int or not low <= value <= high:
-            bound = f">= {low}" if high == math.inf else f"in {low}..{high}"
+            bound = f">= {low}" if high == inf else f"in {low}..{high}"
             raise ConfigError(f"task_options.{name}: expected an integer {bound}, got {value!r}")
 
 
