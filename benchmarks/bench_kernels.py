@@ -87,8 +87,8 @@ def work(record: dict[str, Any], step: str) -> dict[str, Work]:
     # A screen's margin keeps more entries; where V is small it has no effect. Older records have no
     # other count.
     refined = record["accuracy"]["fp8" if "fp8" in step else "int8"].get("refined_per_row")
-    kept = record.get("kept_per_row") or refined
-    kept = refined or kept if step.startswith("screen") else kept
+    counted = record.get("kept_per_row")
+    kept = (refined or counted) if step.startswith("screen") else (counted or refined)
     size = 2 if record["dtype"] == "bfloat16" else 4
     product, gathered, bits = 2 * N * V * D, N * kept * D * size, N * V / 8
     operands = (N + V) * D * size

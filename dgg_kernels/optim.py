@@ -71,6 +71,11 @@ def attach_optimizer(
     if shut_on_host is not None:
         _skip_on_host(attached, grad_scale, steps, shut_on_host)
     else:
+        # A subclass's own step may read no flag.
+        if _step_of(type(optimizer)) not in map(_step_of, _CAN_SKIP):
+            raise TypeError(
+                f"optimizer: {_name(optimizer)} cannot skip a step on the device; {_REMEDY}"
+            )
         _check_can_skip(optimizer)
         _skip_on_device(attached, found_inf, grad_scale, steps)
     optimizer._dgg_attached = True  # pyright: ignore[reportAttributeAccessIssue]
@@ -79,11 +84,6 @@ def attach_optimizer(
 
 
 def _check_can_skip(optimizer: Optimizer) -> None:
-    # A subclass's own step may read no flag.
-    if _step_of(type(optimizer)) not in map(_step_of, _CAN_SKIP):
-        raise TypeError(
-            f"optimizer: {_name(optimizer)} cannot skip a step on the device; {_REMEDY}"
-        )
     if not all(group.get("fused") for group in optimizer.param_groups):
         raise TypeError(
             f"optimizer: {_name(optimizer)} was built without fused=True, or has loaded the state "

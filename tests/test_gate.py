@@ -968,10 +968,11 @@ def test_accelerate_wrapper_is_looked_through():
 
 def test_a_wrapper_that_would_step_past_the_gate_is_refused():
     """Accelerate's with a loss scaler, which calls the step that it found, and those of others."""
-    accelerate = pytest.importorskip("accelerate.optimizer")
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(cpu=True)  # whose state the wrapper asks for
     weight = torch.nn.Parameter(torch.randn(4, 3))
     inner = torch.optim.AdamW([weight], fused=True)
-    scaled = accelerate.AcceleratedOptimizer(inner, scaler=torch.amp.GradScaler("cpu"))
+    scaled = accelerate.optimizer.AcceleratedOptimizer(inner, scaler=torch.amp.GradScaler("cpu"))
     gate = GradientGate(GateConfig(), weight)
     with pytest.raises(ValueError, match=r"without a loss scaler \(fp16\) with host_gate=True"):
         gate.attach(scaled, host_gate=True)

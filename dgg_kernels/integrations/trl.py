@@ -106,10 +106,16 @@ class DGGTrainer(GRPOTrainer):
         finally:
             self._gate_callback.restore(self.args)
 
+    @property
+    def _generate_every(self) -> int:
+        """Steps of one batch of rollouts, if all its uses are made."""
+        config: Any = self.args
+        return config.steps_per_generation * self.num_iterations
+
     def _batches(self, loader: Any) -> Iterator[Any]:
         """Every batch of prompts once, pass after pass. TRL's loader repeats it for each step."""
         config: Any = self.args
-        repeats = config.steps_per_generation * self.num_iterations
+        repeats = self._generate_every
 
         def passes() -> Iterator[Any]:
             for number in itertools.count():
@@ -154,10 +160,8 @@ class DGGTrainer(GRPOTrainer):
         self._prompts = next(self._source, None)
         if self._prompts is None:
             return
-        config: Any = self.args
-        generate_every = config.steps_per_generation * self.num_iterations
-        self._step += -self._step % generate_every  # TRL generates at its multiples
-        self._end = self._step + generate_every
+        self._step += -self._step % self._generate_every  # TRL generates at its multiples
+        self._end = self._step + self._generate_every
         self._drawn += 1
         self._brought = False
         self.gate.new_batch()
@@ -175,9 +179,8 @@ class DGGTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """TRL's, which would generate at a batch's first step, though a checkpoint brought it."""
-        config: Any = self.args
         model: Any = self.model
-        first = self._step % (config.steps_per_generation * self.num_iterations) == 0
+        first = self._step % self._generate_every == 0
         if model.training and first and self._brought and self._buffered_inputs:
             return self._buffered_inputs[0]
         return super()._prepare_inputs(generation_batch)
@@ -243,12 +246,12 @@ class DGGTrainer(GRPOTrainer):
         self._advance()  # now: what it draws from torch's generator is then in the checkpoint
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial))
-        config: Any = self.args
-        sampled = self._step % (config.steps_per_generation * self.num_iterations) != 0
+        accumulated: Any = self.args.gradient_accumulation_steps
+        sampled = self._step % self._generate_every != 0
         saved = {
             "settings": self._position(),
             # Where this update began.
-            "step": self._step - self._step % config.gradient_accumulation_steps,
+            "step": self._step - self._step % accumulated,
             "drawn": self._drawn,
             "end": self._end,
             "rollouts": self._buffered_inputs if sampled else None,

@@ -79,14 +79,7 @@ from bm25s.stopwords import STOPWORDS_EN
 from rapidfuzz import fuzz, utils
 
 from ..config import ConfigError, TaskError
-from . import (
-    HELD_OUT_SHARE,
-    Example,
-    check_integers,
-    check_paths,
-    is_held_out,
-    options_of,
-)  # fmt: skip
+from . import HELD_OUT_SHARE, Example, check_integers, check_paths, is_held_out, options_of
 from .bm25 import BM25
 
 FOUND = 50  # most products that a search returns, as in the paper
